@@ -1,0 +1,1 @@
+"""An OpenAI-compatible embeddings service on Ray Serve: many models, one address."""

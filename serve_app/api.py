@@ -1,0 +1,237 @@
+"""HTTP: routes, headers, and every error in one shape. No Ray; the same app answers under a test client.
+
+Bodies go to `service.py` as bytes and come back as bytes; the models of `core/schema.py` are here for the OpenAPI page.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+import traceback
+import uuid
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+from typing import Any
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from pydantic import BaseModel
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from serve_app.core import schema
+from serve_app.core.errors import (
+    InternalError,
+    MethodNotAllowed,
+    RequestTooLarge,
+    RouteNotFound,
+    ServiceError,
+    UnsupportedMediaType,
+    every_error,
+)
+from serve_app.service import Call, Service
+
+logger = logging.getLogger(__name__)
+
+Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
+
+
+def build_app(service: Service, *, max_body_bytes: int, lifespan: Lifespan | None = None) -> ASGIApp:
+    """The whole HTTP side of the service."""
+    app = FastAPI(
+        title="Embeddings",
+        summary="OpenAI-compatible embeddings, many models behind one address.",
+        version="1",
+        lifespan=lifespan,
+        redirect_slashes=False,
+    )
+    app.state.service = service
+    app.state.max_body_bytes = max_body_bytes
+    app.post("/v1/embeddings", **_documented(schema.EmbeddingsRequest, schema.EmbeddingsResponse, 400, 404, 503, 504))(
+        embeddings
+    )
+    app.post("/v1/tokenize", **_documented(schema.TokenizeRequest, schema.TokenizeResponse, 400, 404, 503, 504))(
+        tokenize
+    )
+    app.get("/v1/models", **_documented(None, schema.ModelList))(list_models)
+    app.get("/v1/models/{id:path}", **_documented(None, schema.Model, 404, 503))(retrieve_model)
+    app.get("/health", **_documented(None, schema.Health))(health)
+    app.get("/ready", **_documented(None, schema.Readiness, also={503: schema.Readiness}))(ready)
+    app.add_exception_handler(HTTPException, _unrouted)
+    app.add_exception_handler(ServiceError, _refused)
+    app.add_exception_handler(Exception, _broken)
+    return Edge(app)
+
+
+async def embeddings(request: Request) -> Response:
+    """One vector per text, L2-normalised, in the order of `input`."""
+    return _json(await _service(request).embed(_call(request), await _body(request)))
+
+
+async def tokenize(request: Request) -> Response:
+    """The tokens that `/v1/embeddings` would bill for the same input. Free."""
+    return _json(await _service(request).tokenize(_call(request), await _body(request)))
+
+
+async def list_models(request: Request) -> Response:
+    """The models that answer right now. Free."""
+    return _json(_service(request).list_models())
+
+
+async def retrieve_model(request: Request, id: str) -> Response:
+    """One model, by short id or canonical name (`BAAI%2Fbge-m3`). Free."""
+    return _json(_service(request).retrieve_model(_call(request), id))
+
+
+async def health(request: Request) -> Response:
+    """Liveness: this process answers."""
+    return _json({"status": "ok"})
+
+
+async def ready(request: Request) -> Response:
+    """Readiness: every deployed model answered its self-test."""
+    readiness = _service(request).readiness()
+    return _json(readiness, 200 if readiness["status"] == "ready" else 503)
+
+
+class Edge:
+    """Around everything: a request id and the time taken on every response."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self.app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        call = Call(
+            request_id=Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex, started_s=time.perf_counter()
+        )
+        scope["call"] = call
+        started = False
+
+        async def send_with_headers(message: Message) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                _add_headers(call, MutableHeaders(scope=message))
+            await send(message)
+
+        try:
+            await self.app(scope, receive, send_with_headers)
+        except ClientDisconnect:
+            pass  # nobody is left to answer
+        except Exception:
+            if not started:
+                raise  # nothing was said, not even by _broken
+
+
+def _add_headers(call: Call, headers: MutableHeaders) -> None:
+    headers["X-Request-Id"] = call.request_id
+    if call.fingerprint:
+        headers["X-Model-Fingerprint"] = call.fingerprint
+    steps = {"tokenize": call.tokenize_s, "queue": call.queue_s, "compute": call.compute_s}
+    steps["total"] = time.perf_counter() - call.started_s
+    headers["Server-Timing"] = ", ".join(
+        f"{name};dur={1000 * seconds:.2f}" for name, seconds in steps.items() if seconds is not None
+    )
+
+
+async def _body(request: Request) -> bytes:
+    """The body, once its type is right and while it is short enough. Reads no further than the limit."""
+    media_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if media_type != "application/json":
+        raise UnsupportedMediaType("The body must be JSON: send Content-Type: application/json.")
+    if request.headers.get("content-encoding", "identity").lower() != "identity":
+        raise UnsupportedMediaType("Compressed bodies are not read: send it without Content-Encoding.")
+    limit: int = request.app.state.max_body_bytes
+    declared = request.headers.get("content-length", "")
+    chunks, size = [], int(declared) if declared.isdecimal() else 0
+    if size <= limit:
+        size = 0
+        async for chunk in request.stream():
+            size += len(chunk)
+            if size > limit:
+                break
+            chunks.append(chunk)
+    if size > limit:
+        raise RequestTooLarge(f"The body is longer than {limit:,} bytes, which is the limit. Split the request.")
+    return b"".join(chunks)
+
+
+async def _unrouted(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    if error.status_code == 405:
+        allowed = (error.headers or {}).get("Allow", "")
+        response = _error(MethodNotAllowed(f"This path takes: {allowed}."))
+        response.headers["Allow"] = allowed
+        return response
+    return _error(RouteNotFound("There is no such path. GET /openapi.json lists them."))
+
+
+async def _refused(_: Request, error: Exception) -> Response:
+    assert isinstance(error, ServiceError)
+    return _error(error)
+
+
+async def _broken(request: Request, error: Exception) -> Response:
+    """Logged by type and place; not in the exception's own words, which may quote the caller's text."""
+    frames = "".join(traceback.format_tb(error.__traceback__))
+    logger.error("request %.64s: %s\n%s", _call(request).request_id, type(error).__qualname__, frames)
+    return _error(InternalError("Something broke on our side."))
+
+
+def _error(error: ServiceError) -> Response:
+    response = Response(
+        orjson.dumps(error.body()), error.status, media_type="application/json", headers=error.headers()
+    )
+    if error.status == 413:
+        response.headers["Connection"] = "close"  # the rest of the body will not be read
+    return response
+
+
+def _json(content: bytes | dict[str, Any], status: int = 200) -> Response:
+    body = content if isinstance(content, bytes) else orjson.dumps(content)
+    return Response(body, status, media_type="application/json")
+
+
+def _service(request: Request) -> Service:
+    service: Service = request.app.state.service
+    return service
+
+
+def _call(request: Request) -> Call:
+    call: Call = request.scope["call"]
+    return call
+
+
+def _documented(
+    body: type[BaseModel] | None,
+    answer: type[BaseModel],
+    *statuses: int,
+    also: dict[int, type[BaseModel]] | None = None,
+) -> dict[str, Any]:
+    """What the OpenAPI page says of a route: its body and its answers. At run time it decides nothing."""
+    if body:
+        statuses += (413, 415)
+    errors = {
+        status: {
+            "model": schema.ErrorBody,
+            "description": "; ".join(kind.code for kind in every_error() if kind.status == status),
+        }
+        for status in (*statuses, 500)
+    }
+    documented: dict[str, Any] = {
+        "response_class": Response,
+        "responses": {
+            200: {"model": answer},
+            **errors,
+            **{status: {"model": model} for status, model in (also or {}).items()},
+        },
+    }
+    if body:
+        content = {"application/json": {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}}
+        documented["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
+    return documented

@@ -1,0 +1,182 @@
+"""The model entry of `deployments.yaml`, the limits of each size class, and how a model is named.
+
+An entry that contradicts itself never reaches a replica. `encoders/` opens what an entry names; the facts it finds come
+back as a `ModelCard`.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Annotated, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from serve_app.core.errors import TooManyInputs, TooManyTokens, UnsupportedParameter
+from serve_app.core.settings import Scaling, StrictModel
+
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_ROLE, _SEPARATOR, _SLASH = "encoder", ":", "--"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ClassLimits:
+    """What one request to a model of this class may hold."""
+
+    strings: int
+    tokens: int
+
+
+class SizeClass(StrEnum):
+    SMALL = "small"
+    BASE = "base"
+    LARGE = "large"
+    XL = "7b"
+
+    @property
+    def limits(self) -> ClassLimits:
+        return _LIMITS[self]
+
+
+_LIMITS = {
+    SizeClass.SMALL: ClassLimits(strings=2048, tokens=262_144),
+    SizeClass.BASE: ClassLimits(strings=1024, tokens=131_072),
+    SizeClass.LARGE: ClassLimits(strings=1024, tokens=131_072),
+    SizeClass.XL: ClassLimits(strings=256, tokens=32_768),
+}
+MOST_STRINGS = max(limits.strings for limits in _LIMITS.values())
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """Where weights come from: `package:NAME/FOLDER`, `hub:OWNER/NAME@COMMIT`, or a directory."""
+
+    kind: Literal["package", "hub", "directory"]
+    location: str
+    revision: str | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Source:
+        """Raises ValueError that says what would be right."""
+        scheme, colon, rest = text.partition(":")
+        if colon and scheme == "package" and rest:
+            return cls(kind="package", location=rest)
+        if colon and scheme == "hub":
+            repository, _, revision = rest.partition("@")
+            if not repository or not _COMMIT.fullmatch(revision):
+                raise ValueError(
+                    "a hub source needs its revision, as a full commit hash: hub:OWNER/NAME@<40 hex digits> "
+                    "(a branch or tag may move, and vectors of two revisions do not mix)"
+                )
+            return cls(kind="hub", location=repository, revision=revision)
+        if text.startswith(("/", "./", "../", "~/")):
+            return cls(kind="directory", location=text)
+        raise ValueError(
+            f"source {text!r} is none of package:NAME/FOLDER, hub:OWNER/NAME@COMMIT, "
+            "or a directory that starts with /, ./, ../ or ~/"
+        )
+
+
+class ModelSpec(StrictModel):
+    """One model = one entry: the `args` of its application."""
+
+    id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*(-[A-Za-z0-9._]+)*$", max_length=64)]
+    """The short name that requests use: `bge-m3`."""
+    name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*(/[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*)?$")]
+    """The canonical name that responses carry: `BAAI/bge-m3`."""
+    source: str
+    size_class: Annotated[SizeClass, Field(alias="class")]
+    """Which request limits apply: small, base, large or 7b."""
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    """auto = bfloat16 where the hardware multiplies it, else float32."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto = the GPU if the entry reserves one, else the CPU."""
+    max_tokens: Annotated[int, Field(ge=8)] | None = None
+    """Context per input, special tokens included. Unset = what the model's own files say; never more."""
+    dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
+    """Sizes besides the native one that a request may ask for. Only for models trained for it (Matryoshka)."""
+    trust_remote_code: bool = False
+    """Run Python code that ships with the weights. Off unless you have read that code."""
+    replicas: Scaling = Scaling()
+    num_cpus: Annotated[float, Field(ge=0)] = 0.5
+    """What Ray reserves per replica. It limits nothing; `threads` does."""
+    num_gpus: Annotated[float, Field(ge=0)] = 0.0
+    """GPU share per replica: 0.5 puts two on one GPU."""
+    threads: Annotated[int, Field(ge=0)] = 0
+    """Torch threads per replica on the CPU. 0 = every core of the node."""
+    unit_tokens: Annotated[int, Field(ge=64)] | None = None
+    """Tokens in one unit of work. Unset = 2,048 on a CPU, 16,384 on a GPU."""
+
+    @field_validator("source")
+    @classmethod
+    def _source_parses(cls, text: str) -> str:
+        Source.parse(text)
+        return text
+
+    @model_validator(mode="after")
+    def _device_matches(self) -> ModelSpec:
+        if self.device == "cuda" and not self.num_gpus:
+            raise ValueError("device is cuda, but num_gpus is 0: say which share of a GPU each replica gets")
+        return self
+
+    @property
+    def resolved_device(self) -> Literal["cpu", "cuda"]:
+        if self.device == "auto":
+            return "cuda" if self.num_gpus else "cpu"
+        return self.device
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ModelCard:
+    """What a replica found in the model's files: everything the ingress needs, and the tokenizer comes beside it."""
+
+    id: str
+    name: str
+    size_class: SizeClass
+    native_dimensions: int
+    other_dimensions: tuple[int, ...]
+    max_tokens: int  # per input, special tokens included
+    unit_tokens: int
+    dtype: str
+    created: int  # Unix seconds: when the replica that told loaded it
+    fingerprint: str  # of weights, dtype, pooling and tokenizer: equal fingerprints, one vector space
+
+    @property
+    def unit_sequences(self) -> int:
+        """Most sequences in one unit: its reply stays within 2 MiB, half of gRPC's default message limit."""
+        return max(1, 2**21 // (4 * self.native_dimensions))
+
+
+def deployment_name(spec: ModelSpec) -> str:
+    """The Serve deployment's name: it tells the ingress both names of a model that is still loading."""
+    return _SEPARATOR.join((_ROLE, spec.id, spec.name.replace("/", _SLASH)))
+
+
+def names_in(deployment: str) -> tuple[str, str] | None:
+    """(id, canonical name) of an encoder deployment, None for any other."""
+    parts = deployment.split(_SEPARATOR)
+    if len(parts) != 3 or parts[0] != _ROLE:
+        return None
+    return parts[1], parts[2].replace(_SLASH, "/")
+
+
+def check_strings(card: ModelCard, count: int) -> None:
+    limit = card.size_class.limits.strings
+    if count > limit:
+        raise TooManyInputs(f"{count:,} inputs; {card.name} takes at most {limit:,} a request.", param="input")
+
+
+def check_tokens(card: ModelCard, count: int) -> None:
+    limit = card.size_class.limits.tokens
+    if count > limit:
+        raise TooManyTokens(f"{count:,} tokens; {card.name} takes at most {limit:,} a request.", param="input")
+
+
+def check_dimensions(card: ModelCard, asked: int | None) -> int:
+    """The size to answer with. Raises UnsupportedParameter for one that the model does not have."""
+    legal = sorted({card.native_dimensions, *card.other_dimensions})
+    if asked is not None and asked not in legal:
+        sizes = ", ".join(map(str, legal))
+        raise UnsupportedParameter(f"{card.name} has no {asked:,} dimensions; it has: {sizes}.", param="dimensions")
+    return asked or card.native_dimensions

@@ -1,0 +1,148 @@
+"""Every error a caller can get: the tree from which the body, the headers and the README's table are made.
+
+ServiceError
+  + InvalidRequest (400)      - InvalidJSON, MissingRequiredField, UnknownParameter, UnsupportedParameter,
+                                InvalidInput, TooManyInputs, TooManyTokens
+  + NotFound (404)            - ModelNotFound, RouteNotFound
+  + MethodNotAllowed (405), RequestTooLarge (413), UnsupportedMediaType (415)
+  + InternalError (500)
+  + Unavailable (503)         - ModelLoading, AtCapacity
+  + RequestTimeout (504)
+
+A message says what was wrong and what would be right, and never holds a caller's text: `shown` decides what may be
+repeated. `api.py` turns these into HTTP.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from typing import ClassVar
+
+MAX_RETRY_AFTER_S = 120  # the OpenAI SDK gives up at once when it is told to wait longer
+_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}(/[A-Za-z0-9_.\-]{1,64})?")
+
+
+class ServiceError(Exception):
+    """What the caller is told. `advice` is the README's sentence: what the caller can do about it."""
+
+    status: ClassVar[int]
+    type: ClassVar[str]
+    code: ClassVar[str]
+    advice: ClassVar[str]
+    retryable: ClassVar[bool] = False
+
+    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.message = message
+        self.param = param
+        self.retry_after_s = retry_after_s
+
+    def body(self) -> dict[str, dict[str, str | None]]:
+        """OpenAI's error object, all four fields present."""
+        return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
+
+    def headers(self) -> dict[str, str]:
+        """`Retry-After` in whole seconds, at least 1 and at most 120, where waiting helps."""
+        if self.retry_after_s is None:
+            return {}
+        return {"Retry-After": str(min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.retry_after_s))))}
+
+
+class InvalidRequest(ServiceError):
+    status, type = 400, "invalid_request_error"
+
+
+class InvalidJSON(InvalidRequest):
+    code, advice = "invalid_json", "Send one JSON object, in UTF-8, each key once."
+
+
+class MissingRequiredField(InvalidRequest):
+    code, advice = "missing_required_field", "Add the field that `param` names."
+
+
+class UnknownParameter(InvalidRequest):
+    code, advice = "unknown_parameter", "Remove the field that `param` names, or spell it as the message suggests."
+
+
+class UnsupportedParameter(InvalidRequest):
+    code, advice = "unsupported_parameter", "The field exists, but not with this value for this model: see the message."
+
+
+class InvalidInput(InvalidRequest):
+    code, advice = "invalid_input", "`param` names the item: inputs are non-empty strings without NUL characters."
+
+
+class TooManyInputs(InvalidRequest):
+    code, advice = "too_many_inputs", "Split the request: the message states the count and the model's limit."
+
+
+class TooManyTokens(InvalidRequest):
+    code, advice = "too_many_tokens", "Split the request; `POST /v1/tokenize` counts beforehand, free of charge."
+
+
+class NotFound(ServiceError):
+    status, type = 404, "not_found_error"
+
+
+class ModelNotFound(NotFound):
+    code, advice = "model_not_found", "`GET /v1/models` lists the models that are served."
+
+
+class RouteNotFound(NotFound):
+    code, advice = "route_not_found", "Check the path: `GET /openapi.json` lists them all."
+
+
+class MethodNotAllowed(ServiceError):
+    status, type, code = 405, "invalid_request_error", "method_not_allowed"
+    advice = "Use a method that the `Allow` header names."
+
+
+class RequestTooLarge(ServiceError):
+    status, type, code = 413, "invalid_request_error", "request_too_large"
+    advice = "Split the request: the message states the limit in bytes."
+
+
+class UnsupportedMediaType(ServiceError):
+    status, type, code = 415, "invalid_request_error", "unsupported_media_type"
+    advice = "Send `Content-Type: application/json`, uncompressed."
+
+
+class InternalError(ServiceError):
+    status, type, code, retryable = 500, "api_error", "internal_error", True
+    advice = "Our fault. Retry; if it stays, report the `X-Request-Id`."
+
+
+class Unavailable(ServiceError):
+    status, type, retryable = 503, "service_unavailable", True
+
+
+class ModelLoading(Unavailable):
+    code, advice = "model_loading", "The model is starting. Retry after `Retry-After` seconds."
+
+
+class AtCapacity(Unavailable):
+    code, advice = "at_capacity", "The model's queue is full. Retry after `Retry-After` seconds."
+
+
+class RequestTimeout(ServiceError):
+    status, type, code, retryable = 504, "api_error", "timeout", True
+    advice = "The answer took longer than the service waits. Retry, or send fewer inputs at once."
+
+
+def every_error(base: type[ServiceError] = ServiceError) -> Iterator[type[ServiceError]]:
+    """All concrete errors, in the order of the tree above."""
+    for child in base.__subclasses__():
+        if "code" in vars(child):
+            yield child
+        yield from every_error(child)
+
+
+def shown(name: str) -> str:
+    """A caller's name as it may stand in a message: quoted if it looks like a name, else not repeated at all."""
+    return repr(name) if _NAME.fullmatch(name) else "the given one"
+
+
+def did_you_mean(nearest: str | None) -> str:
+    return f" Did you mean {nearest!r}?" if nearest else ""

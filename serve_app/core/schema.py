@@ -1,0 +1,261 @@
+"""The wire: bodies in, and the shapes that the OpenAPI page shows.
+
+`parse_*` turn bytes into one canonical, frozen request: defaults filled in, a single string the same as a list of one.
+Whatever is wrong raises an error of `errors.py`; limits that depend on the model are `limits`' and `service.py`'s.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Annotated, Any, Literal, NoReturn, TypeVar
+
+import orjson
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
+from pydantic_core import ErrorDetails
+
+from serve_app.core.catalog import MOST_STRINGS
+from serve_app.core.errors import (
+    InvalidInput,
+    InvalidJSON,
+    MissingRequiredField,
+    ServiceError,
+    UnknownParameter,
+    UnsupportedParameter,
+    did_you_mean,
+    shown,
+)
+from serve_app.core.settings import nearest
+
+TOKEN_IDS_MESSAGE = (
+    "Token ids are not accepted: they belong to one tokenizer's vocabulary, and this model's is another. Send strings. "
+    "LangChain's OpenAIEmbeddings sends ids by default: pass check_embedding_ctx_length=False."
+)
+
+
+def _checked_input(value: Any) -> Any:
+    """The strings of `input`, always as a tuple."""
+    if isinstance(value, str):
+        _check_text(value, "input")
+        return (value,)
+    if not isinstance(value, list):
+        raise InvalidInput("input must be a string or an array of strings.", param="input")
+    if not value:
+        raise InvalidInput("input is an empty array; send at least one string.", param="input")
+    if all(_is_token_ids(item) for item in value[:MOST_STRINGS]):
+        raise UnsupportedParameter(TOKEN_IDS_MESSAGE, param="input")
+    if len(value) <= MOST_STRINGS:  # more than any model takes: too_many_inputs, whatever the items are
+        for index, item in enumerate(value):
+            _check_text(item, f"input[{index}]")
+    return tuple(value)
+
+
+def _is_token_ids(item: Any) -> bool:
+    if isinstance(item, list):
+        return bool(item) and all(type(token) is int for token in item)
+    return type(item) is int
+
+
+def _check_text(text: Any, param: str) -> None:
+    if not isinstance(text, str):
+        raise InvalidInput(f"{param} is not a string.", param=param)
+    if not text:
+        raise InvalidInput(f"{param} is an empty string; send at least one character.", param=param)
+    if "\0" in text:
+        raise InvalidInput(f"{param} holds a NUL character (U+0000); remove it.", param=param)
+
+
+def _absent_if_null(default: Any) -> BeforeValidator:
+    """Clients that send null for what they leave out mean the default."""
+    return BeforeValidator(lambda value: default if value is None else value)
+
+
+Texts = Annotated[
+    tuple[str, ...],
+    BeforeValidator(_checked_input),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string", "minLength": 1},
+                {"type": "array", "items": {"type": "string", "minLength": 1}, "minItems": 1, "maxItems": MOST_STRINGS},
+            ],
+            "description": "One text or several; each is one vector. Empty strings and NUL characters are refused.",
+        }
+    ),
+]
+ModelName = Annotated[str, Field(description="Short id or canonical name, in any case: see GET /v1/models.")]
+
+
+class _Request(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+
+
+class EmbeddingsRequest(_Request):
+    """The body of `POST /v1/embeddings`."""
+
+    model: ModelName
+    input: Texts
+    encoding_format: Annotated[Literal["float", "base64"], _absent_if_null("float")] = "float"
+    dimensions: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Default: the native size.")] = None
+    user: Annotated[Annotated[str, Field(max_length=256)] | None, Field(description="Your end user, for usage.")] = None
+
+
+class TokenizeRequest(_Request):
+    """The body of `POST /v1/tokenize`."""
+
+    model: ModelName
+    input: Texts
+
+
+class ErrorDetail(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str
+
+
+class ErrorBody(BaseModel):
+    error: ErrorDetail
+
+
+class TruncationWarning(BaseModel):
+    code: Literal["input_truncated"]
+    index: int
+    tokens: int
+    kept: int
+
+
+class Usage(BaseModel):
+    prompt_tokens: int
+    total_tokens: int
+    warnings: list[TruncationWarning] | None = Field(None, description="Absent when there are none.")
+
+
+class Embedding(BaseModel):
+    object: Literal["embedding"]
+    index: int
+    embedding: list[float] | str = Field(description="Floats, or base64 of little-endian float32.")
+
+
+class EmbeddingsResponse(BaseModel):
+    object: Literal["list"]
+    data: list[Embedding]
+    model: str
+    usage: Usage
+
+
+class TokenCount(BaseModel):
+    object: Literal["token_count"]
+    index: int
+    tokens: int = Field(description="What would be billed: after truncation, special tokens included.")
+    truncated: bool
+
+
+class TokenizeResponse(BaseModel):
+    object: Literal["list"]
+    data: list[TokenCount]
+    model: str
+    usage: Usage
+
+
+class Model(BaseModel):
+    id: str
+    object: Literal["model"]
+    created: int
+    owned_by: str
+    canonical_name: str
+    dimensions: int
+    max_tokens: int
+
+
+class ModelList(BaseModel):
+    object: Literal["list"]
+    data: list[Model]
+
+
+class ModelState(BaseModel):
+    state: str
+    replicas: int
+    pending_sequences: int
+
+
+class Health(BaseModel):
+    status: Literal["ok"]
+
+
+class Readiness(BaseModel):
+    status: Literal["ready", "not_ready"]
+    models: dict[str, ModelState]
+
+
+Request = TypeVar("Request", bound=_Request)
+
+
+def parse(kind: type[Request], body: bytes) -> Request:
+    """A request of this kind, or the error that names the first thing wrong with it."""
+    fields = _loads(body)
+    if not isinstance(fields, dict):
+        raise InvalidJSON("The body must be a JSON object.")
+    try:
+        return kind.model_validate(fields)
+    except ValidationError as error:
+        # Not `from error`: pydantic's error quotes its input, and no log may.
+        problem = _worst(error.errors(include_url=False, include_input=False, include_context=False))
+    raise _explain(problem, kind)
+
+
+def _loads(body: bytes) -> Any:
+    try:
+        fields = orjson.loads(body)
+    except orjson.JSONDecodeError:
+        _explain_json(body)
+    if isinstance(fields, dict) and any(body.count(b'"%b"' % key.encode()) > 1 for key in fields if len(key) < 64):
+        json.loads(body, object_pairs_hook=_refuse_duplicates)  # the name may just as well stand in a text
+    return fields
+
+
+def _refuse_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
+    """Two values for one key: parsers disagree which counts, so neither may be billed."""
+    seen: dict[str, Any] = {}
+    for key, value in pairs:
+        if key in seen:
+            raise InvalidJSON(f"The key {shown(key)} stands in the body twice.")
+        seen[key] = value
+    return seen
+
+
+def _explain_json(body: bytes) -> NoReturn:
+    """orjson refused it. A lone surrogate (half of a UTF-16 pair) is JSON to others: then say which item holds it."""
+    try:
+        fields = json.loads(body)
+        texts = fields.get("input") if isinstance(fields, dict) else None
+    except (ValueError, RecursionError):
+        texts = None
+    for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
+        if isinstance(text, str) and any("\ud800" <= char <= "\udfff" for char in text):
+            param = f"input[{index}]" if isinstance(texts, list) else "input"
+            raise InvalidInput(f"{param} holds a lone surrogate, which is no character; remove it.", param=param)
+    raise InvalidJSON("The body is not valid JSON in UTF-8.")
+
+
+def _worst(problems: list[ErrorDetails]) -> ErrorDetails:
+    """A missing field first: what else is wrong often follows from it."""
+    return min(problems, key=lambda problem: problem["type"] != "missing")
+
+
+def _explain(problem: Mapping[str, Any], kind: type[_Request]) -> ServiceError:
+    field = str(problem["loc"][0])
+    if problem["type"] == "missing":
+        return MissingRequiredField(f"The field {field!r} is required.", param=field)
+    if problem["type"] == "extra_forbidden":
+        hint = did_you_mean(nearest(field, kind.model_fields))
+        return UnknownParameter(f"There is no parameter {shown(field)} here.{hint}", param=field[:64])
+    match field:
+        case "encoding_format":
+            return UnsupportedParameter("encoding_format must be 'float' or 'base64'.", param=field)
+        case "dimensions":
+            return UnsupportedParameter("dimensions must be a positive integer.", param=field)
+        case "user":
+            return InvalidInput("user must be a string of at most 256 characters.", param=field)
+        case _:
+            return InvalidInput(f"{field} must be a string.", param=field)

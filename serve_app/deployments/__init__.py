@@ -1,0 +1,1 @@
+"""Ray: thin shells, one kind of process a file. What they do is decided below; here it runs."""

@@ -1,0 +1,99 @@
+"""The encoder replica: one model on one device, fed with units of packed tokens.
+
+The forward pass has a thread of its own, so that health checks and arriving units never wait for it. A batch that fails
+is taken apart and retried once; only what fails alone, fails. A batch loop that is dead or stuck makes the replica
+unhealthy, and Serve replaces it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+import numpy as np
+from ray import serve
+
+from serve_app.core.catalog import ModelCard, ModelSpec
+from serve_app.core.packing import Packed
+from serve_app.core.vectors import Vectors
+from serve_app.deployments.gate import Gate
+from serve_app.dispatch import Unit, UnitReply
+from serve_app.encoders import Encoder, open_encoder
+
+STUCK_S = 120.0  # no batch takes this long: the largest is seconds even for a 7B model on a CPU
+MAX_UNITS_AT_A_REPLICA = 64  # two units a lane from each of 16 ingress replicas; Serve's default of 5 would be one
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Description:
+    """What a replica tells the ingress about its model."""
+
+    card: ModelCard
+    tokenizer_json: str
+
+
+class OtherFingerprint(Exception):
+    """The unit's ids are from another model's tokenizer: the ingress has not heard yet that this one took its place."""
+
+
+class EncoderReplica:
+    """See `app.model` for the deployment. Ready when constructed: the model is loaded, checked and warm."""
+
+    def __init__(self, spec: ModelSpec) -> None:
+        self._encoder: Encoder = open_encoder(spec)
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
+        self._gate = Gate(self._batched, max_tokens=self._encoder.card.unit_tokens)
+
+    async def describe(self) -> Description:
+        return Description(card=self._encoder.card, tokenizer_json=self._encoder.tokenizer_json)
+
+    async def encode(self, unit: Unit) -> UnitReply:
+        """One unit's rows. Raises OtherFingerprint, or whatever the unit does to the model even when alone."""
+        if unit.fingerprint != self._encoder.card.fingerprint:
+            raise OtherFingerprint(self._encoder.card.fingerprint)
+        return await self._gate.submit(unit)
+
+    async def check_health(self) -> None:
+        if self._gate.busy_s() > STUCK_S:
+            raise RuntimeError(f"a batch has been running for more than {STUCK_S:g} s")
+        if self._gate.busy_s() and not await self._batched._is_batching_task_alive():
+            raise RuntimeError("the batch loop is dead")
+
+    @serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator]
+    async def _batched(self, units: list[Unit]) -> list[UnitReply | Exception]:
+        """One batch. Exceptions are returned, not raised: a raised one would fail every unit of the batch."""
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(self._thread, encode_units, self._encoder, units)
+
+
+def encode_units(encoder: Encoder, units: list[Unit]) -> list[UnitReply | Exception]:
+    """All units in one forward; if that fails, each alone; if that fails too, each in halves. One reply a unit."""
+    started_s = time.perf_counter()
+    try:
+        vectors = encoder.encode(Packed.join([unit.packed for unit in units]))
+    except Exception as error:
+        logger.warning("a batch of %d units failed (%s): taking it apart", len(units), type(error).__name__)
+        if len(units) > 1:
+            return [reply for unit in units for reply in encode_units(encoder, [unit])]
+        return [_in_halves(encoder, units[0], error)]
+    compute_s = time.perf_counter() - started_s
+    ends = np.cumsum([len(unit.packed.lengths) for unit in units])
+    return [UnitReply(vectors=rows, compute_s=compute_s) for rows in np.split(vectors, ends[:-1])]
+
+
+def _in_halves(encoder: Encoder, unit: Unit, error: Exception) -> UnitReply | Exception:
+    if len(unit.packed.lengths) == 1:
+        return error
+    started_s = time.perf_counter()
+    halves: list[Vectors] = []
+    for half in unit.packed.halves():
+        try:
+            halves.append(encoder.encode(half))
+        except Exception as again:
+            return again
+    return UnitReply(vectors=np.concatenate(halves), compute_s=time.perf_counter() - started_s)

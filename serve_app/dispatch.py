@@ -1,0 +1,245 @@
+"""From requests to units of work and back: keeps each model's pending sequences and ships them to its replicas.
+
+At most `UNITS_PER_REPLICA` units of a lane are under way for each replica: enough that no replica idles, few enough
+that who goes next is decided here, in turns. `core/packing.py` decides what a unit holds; `send` is the only way out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextvars
+import itertools
+import logging
+import time
+import traceback
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from serve_app.core.errors import AtCapacity, InternalError, ServiceError
+from serve_app.core.packing import Packed, PackingQueue, Span
+from serve_app.core.vectors import Vectors
+
+UNITS_PER_REPLICA = 2  # one being computed, one waiting at the replica's door
+EXPRESS_TOKENS = 256  # a request this short travels in the express lane: beside bulk work, not behind it
+RATE_HALF_LIFE_S = 10.0  # of the measured tokens per second, which `Retry-After` is made from
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Unit:
+    """One call to a replica. `fingerprint` is of the model whose tokenizer made the ids."""
+
+    packed: Packed
+    express: bool
+    fingerprint: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class UnitReply:
+    """vectors: float32 [sequences, dimensions], unit length. compute_s: of the batch that the unit was part of."""
+
+    vectors: Vectors
+    compute_s: float
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Encoded:
+    """The rows of one request, in its order, and where the time went: its longest batch, and all that was waiting."""
+
+    vectors: Vectors
+    queue_s: float
+    compute_s: float
+
+
+@dataclass(slots=True, kw_only=True)
+class _Flight:
+    """A request whose rows are not all there yet."""
+
+    packed: Packed
+    vectors: Vectors
+    missing: int
+    done: asyncio.Future[None]
+    compute_s: float = 0.0
+
+    def land(self, span: Span, rows: Vectors, compute_s: float) -> None:
+        self.vectors[span.first : span.first + span.count] = rows
+        self.missing -= span.count
+        self.compute_s = max(self.compute_s, compute_s)
+        if self.missing == 0 and not self.done.done():
+            self.done.set_result(None)
+
+    def fail(self, error: ServiceError) -> None:
+        if not self.done.done():
+            self.done.set_exception(error)
+
+
+@dataclass(slots=True, kw_only=True)
+class _Lane:
+    """One of a model's two queues, and its units under way."""
+
+    express: bool
+    queue: PackingQueue = field(default_factory=PackingQueue)
+    under_way: dict[asyncio.Task[None], list[Span]] = field(default_factory=dict)
+
+
+class Dispatcher:
+    """All requests of this process for one model."""
+
+    def __init__(
+        self,
+        send: Callable[[Unit], Awaitable[UnitReply]],
+        *,
+        fingerprint: str,
+        dimensions: int,
+        unit_tokens: int,
+        unit_sequences: int,
+        max_pending_tokens: int,
+    ) -> None:
+        self.replicas = 1  # kept up to date by whoever knows
+        self._send = send
+        self._fingerprint = fingerprint
+        self._dimensions = dimensions
+        self._unit_tokens = unit_tokens
+        self._unit_sequences = unit_sequences
+        self._max_pending_tokens = max_pending_tokens
+        self._lanes = {express: _Lane(express=express) for express in (True, False)}
+        self._flights: dict[int, _Flight] = {}
+        self._numbers = itertools.count()
+        self._rate = _Rate()
+
+    @property
+    def pending_sequences(self) -> int:
+        """Sequences of requests that are not answered yet, under way or not."""
+        return sum(flight.missing for flight in self._flights.values())
+
+    async def encode(self, packed: Packed) -> Encoded:
+        """Vectors in the order of the sequences. A caller that is cancelled leaves the queue. Raises ServiceError."""
+        self._admit(packed)
+        start, request = time.perf_counter(), next(self._numbers)
+        lane = self._lanes[packed.tokens <= EXPRESS_TOKENS]
+        flight = self._flights[request] = _Flight(
+            packed=packed,
+            vectors=np.empty((len(packed.lengths), self._dimensions), np.float32),
+            missing=len(packed.lengths),
+            done=asyncio.get_running_loop().create_future(),
+        )
+        try:
+            lane.queue.add(request, packed.lengths.tolist())
+            self._pump(lane)
+            await flight.done
+        finally:
+            self._leave(lane, request)
+        waited_s = time.perf_counter() - start
+        return Encoded(
+            vectors=flight.vectors, queue_s=max(0.0, waited_s - flight.compute_s), compute_s=flight.compute_s
+        )
+
+    def _admit(self, packed: Packed) -> None:
+        """An idle queue takes any request; a full one says how long it needs at the measured rate."""
+        waiting = sum(lane.queue.tokens for lane in self._lanes.values())
+        if waiting and waiting + packed.tokens > self._max_pending_tokens:
+            raise AtCapacity(
+                f"{waiting:,} tokens wait for this model; with yours they were more than {self._max_pending_tokens:,}.",
+                retry_after_s=self._rate.seconds_for(waiting),
+            )
+
+    def _leave(self, lane: _Lane, request: int) -> None:
+        """Answered, failed or given up: nothing of this request is worth a place at a replica any more."""
+        del self._flights[request]
+        lane.queue.cancel(request)
+        for task, spans in lane.under_way.items():
+            if not any(span.request in self._flights for span in spans):
+                task.cancel()
+
+    def _pump(self, lane: _Lane) -> None:
+        while len(lane.under_way) < UNITS_PER_REPLICA * max(1, self.replicas):
+            spans = lane.queue.next_unit(self._unit_tokens, self._unit_sequences)
+            if not spans:
+                return
+            # In a context of its own: Serve cancels what was called on behalf of a request that ends, and a unit is
+            # called on behalf of all its requests.
+            task = asyncio.get_running_loop().create_task(self._ship(lane, spans), context=contextvars.Context())
+            lane.under_way[task] = spans
+            task.add_done_callback(lambda done: self._next(lane, done))
+            self._rate.departed(time.perf_counter())
+
+    def _next(self, lane: _Lane, done: asyncio.Task[None]) -> None:
+        del lane.under_way[done]
+        self._rate.landed(time.perf_counter())
+        self._pump(lane)
+
+    async def _ship(self, lane: _Lane, spans: list[Span]) -> None:
+        """One unit, out and back. If it fails, its requests are tried once more, each alone: one may be to blame."""
+        try:
+            await self._carry(lane, spans)
+        except ServiceError as error:
+            self._fail(spans, error)
+        except Exception as error:
+            _log("a unit failed", error)
+            for span in spans:
+                await self._carry_alone(lane, span)
+
+    async def _carry_alone(self, lane: _Lane, span: Span) -> None:
+        try:
+            await self._carry(lane, [span])
+        except ServiceError as error:
+            self._fail([span], error)
+        except Exception as error:
+            _log("a unit of one request failed again", error)
+            self._fail([span], InternalError("The model failed on this request."))
+
+    async def _carry(self, lane: _Lane, spans: list[Span]) -> None:
+        wanted = [span for span in spans if span.request in self._flights]
+        if not wanted:
+            return
+        packed = Packed.join([self._flights[span.request].packed.slice(span.first, span.count) for span in wanted])
+        reply = await self._send(Unit(packed=packed, express=lane.express, fingerprint=self._fingerprint))
+        self._rate.carried(packed.tokens)
+        row = 0
+        for span in wanted:
+            if flight := self._flights.get(span.request):
+                flight.land(span, reply.vectors[row : row + span.count], reply.compute_s)
+            row += span.count
+
+    def _fail(self, spans: list[Span], error: ServiceError) -> None:
+        for span in spans:
+            if flight := self._flights.get(span.request):
+                flight.fail(error)
+
+
+class _Rate:
+    """Tokens per second while anything is under way, over about the last `RATE_HALF_LIFE_S` of such time."""
+
+    def __init__(self) -> None:
+        self._tokens = self._busy_s = self._last_s = 0.0
+        self._under_way = 0
+
+    def departed(self, now_s: float) -> None:
+        self._advance(now_s)
+        self._under_way += 1
+
+    def landed(self, now_s: float) -> None:
+        self._advance(now_s)
+        self._under_way -= 1
+
+    def carried(self, tokens: int) -> None:
+        self._tokens += tokens
+
+    def seconds_for(self, tokens: int) -> float:
+        """How long so many tokens take; before anything was measured, a second."""
+        return tokens * self._busy_s / self._tokens if self._tokens else 1.0
+
+    def _advance(self, now_s: float) -> None:
+        if self._under_way:
+            passed_s = now_s - self._last_s
+            fade = 0.5 ** (passed_s / RATE_HALF_LIFE_S)
+            self._tokens, self._busy_s = self._tokens * fade, self._busy_s * fade + passed_s
+        self._last_s = now_s
+
+
+def _log(what: str, error: Exception) -> None:
+    """Type and place, never the exception's own words: they may quote a caller."""
+    logger.error("%s: %s\n%s", what, type(error).__qualname__, "".join(traceback.format_tb(error.__traceback__)))

@@ -1,0 +1,40 @@
+"""The Encoder protocol and `open_encoder`: the one folder that knows torch.
+
+An encoder turns packed token ids into unit vectors and knows what its model's files say; batching, HTTP and Ray are
+elsewhere. `packed.py` is the padding-free one; what cannot take it falls back to `sentence-transformers` itself.
+"""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from serve_app.core.catalog import ModelCard, ModelSpec
+from serve_app.core.packing import Packed
+from serve_app.core.vectors import Vectors
+
+
+class Encoder(Protocol):
+    @property
+    def card(self) -> ModelCard: ...
+
+    @property
+    def tokenizer_json(self) -> str:
+        """The fast tokenizer, whole: `Tokenizer.from_str` reads it."""
+        ...
+
+    def encode(self, packed: Packed) -> Vectors:
+        """float32 [sequences, native dimensions], unit length, finite; the same whatever shares the batch.
+
+        Blocking, for one thread at a time. Raises MemoryError when the device has too little, else RuntimeError.
+        """
+        ...
+
+
+def open_encoder(spec: ModelSpec) -> Encoder:
+    """Load the model that the entry names, check it against its own files, and warm it up: ready when this returns.
+
+    Raises ValueError with both values where the entry contradicts the files, OSError where the files are missing.
+    """
+    from serve_app.encoders.loading import load  # torch takes seconds: only who encodes pays
+
+    return load(spec)

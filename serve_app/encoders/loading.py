@@ -1,0 +1,187 @@
+"""Opens a model with sentence-transformers, checks it, warms it up, and says what it is.
+
+sentence-transformers' module list decides what the model computes: the packed forward is used where it agrees with that
+on a few probes, and otherwise the padded one is, with a warning.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import cast
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from transformers.utils import logging as transformers_logging
+
+from serve_app.core.catalog import ModelCard, ModelSpec, Source
+from serve_app.core.packing import Packed
+from serve_app.core.vectors import Vectors
+from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward
+from serve_app.encoders.padded import PaddedForward
+from serve_app.encoders.sources import fetch
+
+logger = logging.getLogger(__name__)
+
+UNIT_TOKENS = {"cpu": 2048, "cuda": 16_384}  # on a CPU: nine tenths of the best throughput at half the wait of 4,096
+ONE_THREAD_TOKENS = 256  # up to here a second thread costs more CPU than it saves time
+PROBE_LENGTHS = (4, 19, 150, 5, 33)  # tokens
+AGREES = 0.999  # cosine of packed to padded in the model's own dtype; bfloat16 alone makes them differ by about 1e-4
+
+Forward = Callable[[Packed], Vectors]
+
+
+class LoadedEncoder:
+    """An open model: see the Encoder protocol."""
+
+    def __init__(self, *, card: ModelCard, tokenizer_json: str, forward: Forward, threads: int) -> None:
+        self.card = card
+        self.tokenizer_json = tokenizer_json
+        self._forward = forward
+        self._threads = threads
+
+    def encode(self, packed: Packed) -> Vectors:
+        # OpenMP keeps the number of threads per calling thread: it is said at each call, not once at start.
+        torch.set_num_threads(1 if packed.tokens <= ONE_THREAD_TOKENS else self._threads)
+        try:
+            with torch.inference_mode():
+                vectors = self._forward(packed)
+        except torch.OutOfMemoryError as error:
+            torch.cuda.empty_cache()
+            raise MemoryError(f"{packed.tokens} tokens in {len(packed.lengths)} sequences are too many") from error
+        if not np.isfinite(vectors).all():
+            raise RuntimeError("the model returned numbers that are not finite")
+        return vectors
+
+
+def load(spec: ModelSpec) -> LoadedEncoder:
+    """See `open_encoder`."""
+    started_s = time.perf_counter()
+    folder, device = fetch(spec), spec.resolved_device
+    dtype = choose_dtype(spec.dtype, device)
+    threads = spec.threads or len(os.sched_getaffinity(0))
+    torch.set_num_threads(threads)
+    model = _open(folder, device, dtype, trust_remote_code=spec.trust_remote_code)
+    tokenizer_json = model.tokenizer.backend_tokenizer.to_str()
+    card = _card(spec, folder, model, tokenizer_json)
+    with torch.inference_mode():
+        forward = _forward(spec.id, model, card, fixed_rows=device == "cpu")
+    encoder = LoadedEncoder(card=card, tokenizer_json=tokenizer_json, forward=forward, threads=threads)
+    _warm_up(encoder, fixed_rows=device == "cpu")
+    logger.info("%s: loaded in %.1f s, %s on %s", spec.id, time.perf_counter() - started_s, card.dtype, device)
+    return encoder
+
+
+def choose_dtype(wanted: str, device: str) -> torch.dtype:
+    """`auto`: bfloat16 where the hardware multiplies it (Ampere and later, AVX512-BF16 or AMX), else float32."""
+    if wanted != "auto":
+        return cast(torch.dtype, getattr(torch, wanted))
+    if device == "cuda":
+        fast = torch.cuda.is_bf16_supported(including_emulation=False)
+    else:
+        fast = torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if fast else torch.float32
+
+
+def _open(folder: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> SentenceTransformer:
+    transformers_logging.disable_progress_bar()
+    model = SentenceTransformer(
+        str(folder),
+        device=device,
+        local_files_only=True,
+        trust_remote_code=trust_remote_code,
+        model_kwargs={"use_safetensors": True, "dtype": dtype},
+    )
+    for head in list(model)[1:]:
+        head.float()
+    return model.eval()
+
+
+def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_json: str) -> ModelCard:
+    """The facts, where the entry does not contradict them."""
+    native, context = model.get_embedding_dimension(), _context(model)
+    if native is None:
+        raise ValueError(f"model {spec.id}: its files do not say how many dimensions its vectors have")
+    if spec.max_tokens and spec.max_tokens > context:
+        raise ValueError(f"model {spec.id}: the entry says max_tokens {spec.max_tokens}, its files allow {context}")
+    if too_large := [size for size in spec.dimensions if size > native]:
+        raise ValueError(f"model {spec.id}: the entry lists dimensions {too_large}, its files have {native}")
+    max_tokens, dtype = spec.max_tokens or context, str(model.dtype).removeprefix("torch.")
+    modules = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
+    facts = [_weights(spec, folder), dtype, max_tokens, modules, tokenizer_json]
+    return ModelCard(
+        id=spec.id,
+        name=spec.name,
+        size_class=spec.size_class,
+        native_dimensions=native,
+        other_dimensions=spec.dimensions,
+        max_tokens=max_tokens,
+        unit_tokens=spec.unit_tokens or UNIT_TOKENS[spec.resolved_device],
+        dtype=dtype,
+        created=int(time.time()),
+        fingerprint=hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12],
+    )
+
+
+def _context(model: SentenceTransformer) -> int:
+    """Tokens that one input may have: what sentence-transformers truncates to, or what the architecture allows."""
+    if model.max_seq_length:
+        return int(model.max_seq_length)
+    return int(getattr(model[0].auto_model.config, "max_position_embeddings", 512))
+
+
+def _weights(spec: ModelSpec, folder: Path) -> str:
+    """Which weights these are: the hub's commit, or a hash over the files."""
+    revision = Source.parse(spec.source).revision
+    if revision:
+        return revision
+    whole = hashlib.sha256()
+    for path in sorted(folder.rglob("*.safetensors")):
+        with path.open("rb") as file:
+            whole.update(hashlib.file_digest(file, "sha256").digest())
+    return whole.hexdigest()
+
+
+def _forward(id: str, model: SentenceTransformer, card: ModelCard, *, fixed_rows: bool) -> Forward:
+    """The packed forward if it says what the padded one says, else the padded one."""
+    transformer = model[0].auto_model
+    padded, probe, own_attention = PaddedForward(model), _probe(card), transformer.config._attn_implementation
+    expected = padded(probe)
+    try:
+        transformer.set_attn_implementation(ATTENTION)
+        packed = PackedForward(model, fixed_rows=fixed_rows)
+        agreement = float((packed(probe) * expected).sum(axis=1).min())
+        if agreement >= AGREES:
+            return packed
+        reason = f"cosine {agreement:.4f} to the padded one"
+    except Exception as error:  # whatever a foreign architecture raises: the padded forward is known to work
+        reason = type(error).__name__
+    logger.warning("%s: the packed forward does not fit this model (%s); serving padded batches", id, reason)
+    transformer.set_attn_implementation(own_attention)
+    return padded
+
+
+def _probe(card: ModelCard) -> Packed:
+    """A few sequences of different lengths, the same ids at every start."""
+    lengths = np.array([min(length, card.max_tokens) for length in PROBE_LENGTHS], np.int32)
+    return Packed(ids=_PROBE_IDS[: int(lengths.sum())], lengths=lengths)
+
+
+_PROBE_IDS = np.arange(sum(PROBE_LENGTHS), dtype=np.int32) % 89 + 5  # small ids: every vocabulary has them
+
+
+def _warm_up(encoder: LoadedEncoder, *, fixed_rows: bool) -> None:
+    """One forward of each row count that a unit can have, or of the largest and smallest where rows are not fixed."""
+    most = encoder.card.unit_tokens
+    counts = (*SMALL_ROWS, *range(2 * ROW_STEP, most + 1, ROW_STEP)) if fixed_rows else (SMALL_ROWS[0], most)
+    for tokens in counts:
+        length = min(tokens, encoder.card.max_tokens, 128)
+        whole, rest = divmod(tokens, length)
+        lengths = np.array([length] * whole + [rest] * bool(rest), np.int32)
+        encoder.encode(Packed(ids=np.resize(_PROBE_IDS, tokens), lengths=lengths))

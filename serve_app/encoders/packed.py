@@ -1,0 +1,136 @@
+"""The padding-free forward: all linear layers run over the tokens of a batch end to end, only attention sees bounds.
+
+It plugs into transformers' attention registry under its own name; inside attention, sequences are padded to the next
+multiple of 16, so that a batch of mixed lengths is a handful of matrix products. Pooling and what follows it are the
+model's own sentence-transformers modules, run over the same buckets.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from sentence_transformers import SentenceTransformer
+from torch.nn import functional
+from transformers import AttentionInterface
+from transformers.masking_utils import AttentionMaskInterface
+
+from serve_app.core.packing import Packed, runs
+from serve_app.core.vectors import Vectors
+
+ATTENTION = "packed"
+BUCKET = 16  # tokens: finer buckets mean more kernels, coarser ones more padding (measured best of 1, 8, 16, 32)
+SMALL_ROWS = (16, 32, 64, 128, 256)
+ROW_STEP = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sequences of about one length. `index` [count, padded] points into the packed row; `real` marks the tokens."""
+
+    start: int
+    tokens: int
+    index: torch.Tensor
+    real: torch.Tensor | None  # [count, padded], None if nothing is padded
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    mask: None,
+    *,
+    buckets: list[Bucket],
+    scaling: float | None = None,
+    **_: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention inside each sequence. query, key, value: [1, heads, tokens, width] -> [1, tokens, heads, width]."""
+    rows = [x[0].transpose(0, 1) for x in (query, key, value)]
+    causal = bool(getattr(module, "is_causal", False))
+    context = torch.zeros_like(rows[0])
+    for bucket in buckets:
+        q, k, v = (x[bucket.index].transpose(1, 2) for x in rows)
+        seen = (
+            None if bucket.real is None or causal else bucket.real[:, None, None, :]
+        )  # pads come last: causal hides them
+        attended = functional.scaled_dot_product_attention(
+            q, k, v, attn_mask=seen, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+        ).transpose(1, 2)
+        context[bucket.start : bucket.start + bucket.tokens] = (
+            attended.flatten(0, 1) if bucket.real is None else attended[bucket.real]
+        )
+    return context[None], None
+
+
+AttentionInterface.register(ATTENTION, packed_attention)
+AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
+
+
+class PackedForward:
+    """`forward(Packed)` for one model on one device."""
+
+    def __init__(self, model: SentenceTransformer, *, fixed_rows: bool) -> None:
+        """fixed_rows: pad the packed row to a few lengths; on a CPU each new one costs milliseconds the first time."""
+        transformer, *self._head = model
+        self._transformer = transformer.auto_model
+        self._device = model.device
+        self._fixed_rows = fixed_rows
+        table = getattr(getattr(self._transformer, "embeddings", None), "position_embeddings", None)
+        padding = getattr(table, "padding_idx", None)
+        self._first_position = 0 if padding is None else padding + 1  # RoBERTa and its kin count from there
+
+    def __call__(self, packed: Packed) -> Vectors:
+        """float32 [sequences, dimensions], unit length, in the order given."""
+        order = np.argsort(packed.lengths, kind="stable")
+        lengths = packed.lengths[order]
+        starts = np.concatenate(([0], np.cumsum(packed.lengths)[:-1]))[order]
+        total = int(lengths.sum())
+        rows = rows_for(total) if self._fixed_rows else total
+        offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        ids, positions = np.zeros((2, rows), np.int64)
+        ids[:total] = packed.ids[np.repeat(starts, lengths) + offsets]
+        positions[:total] = offsets
+        buckets = self._buckets(lengths)
+        hidden = self._transformer(
+            input_ids=self._tensor(ids)[None],
+            position_ids=self._tensor(positions)[None] + self._first_position,
+            attention_mask=None,
+            buckets=buckets,
+        ).last_hidden_state[0]
+        pooled = torch.cat([self._pool(hidden, bucket) for bucket in buckets])
+        vectors = np.empty(pooled.shape, np.float32)
+        vectors[order] = pooled.cpu().numpy()
+        return vectors
+
+    def _buckets(self, lengths: np.ndarray[Any, np.dtype[np.int32]]) -> list[Bucket]:
+        buckets, start = [], 0
+        for first, count in runs(lengths.tolist(), BUCKET):
+            mine = lengths[first : first + count]
+            tokens, column = int(mine.sum()), np.arange(mine.max())
+            real = column < mine[:, None]
+            index = start + (np.cumsum(mine) - mine)[:, None] + np.where(real, column, 0)
+            mask = None if real.all() else self._tensor(real)
+            buckets.append(Bucket(start, tokens, self._tensor(index), mask))
+            start += tokens
+        return buckets
+
+    def _pool(self, hidden: torch.Tensor, bucket: Bucket) -> torch.Tensor:
+        """The model's own pooling and what follows it, in float32."""
+        embeddings = hidden[bucket.index].float()
+        mask = torch.ones(bucket.index.shape, device=hidden.device) if bucket.real is None else bucket.real.float()
+        features = {"token_embeddings": embeddings, "attention_mask": mask}
+        for module in self._head:
+            features = module(features)
+        return functional.normalize(features["sentence_embedding"])
+
+    def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
+        return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def rows_for(tokens: int) -> int:
+    """The fixed row count that holds so many tokens."""
+    return next((rows for rows in SMALL_ROWS if rows >= tokens), math.ceil(tokens / ROW_STEP) * ROW_STEP)

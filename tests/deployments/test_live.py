@@ -1,0 +1,215 @@
+"""The whole service, over HTTP, through the OpenAI SDK. Every test runs behind both proxies."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import json
+import os
+import random
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import openai
+import pytest
+from sentence_transformers import SentenceTransformer
+
+from serve_app.encoders.sources import fetch
+from serve_app.core.catalog import ModelSpec
+from tests.deployments.conftest import MINILM, LiveServer
+
+pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
+
+WORDS = Path(__file__).read_text().split() + "the quick brown fox jumps over the lazy dog".split()
+MINILM_ID, MINILM_NAME = MINILM["id"], MINILM["name"]
+
+
+def texts(count: int, *, shortest: int = 3, longest: int = 400, seed: int = 7) -> list[str]:
+    rng = random.Random(seed)
+    return [" ".join(rng.choices(WORDS, k=rng.randint(shortest, longest))) for _ in range(count)]
+
+
+@pytest.fixture
+def client(server: LiveServer) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as sdk:
+        yield sdk
+
+
+@pytest.fixture(scope="session")
+def reference() -> SentenceTransformer:
+    return SentenceTransformer(str(fetch(ModelSpec.model_validate(MINILM))), device="cpu", local_files_only=True)
+
+
+def worst_cosine(vectors: Any, expected: Any) -> float:
+    return float((np.asarray(vectors, np.float32) * expected).sum(axis=1).min())
+
+
+@pytest.mark.parametrize(("model", "floor"), [(MINILM_ID, 0.9998), ("minilm-float32", 0.999999)])
+def test_vectors_are_those_of_sentence_transformers(
+    client: openai.OpenAI, reference: SentenceTransformer, model: str, floor: float
+) -> None:
+    inputs = texts(100)
+    expected = reference.encode(inputs, normalize_embeddings=True)
+    together = client.embeddings.create(model=model, input=inputs)
+    as_floats = client.embeddings.create(model=model, input=inputs, encoding_format="float")
+    alone = [client.embeddings.create(model=model, input=text).data[0].embedding for text in inputs[:40]]
+    assert worst_cosine([row.embedding for row in together.data], expected) >= floor
+    assert worst_cosine([row.embedding for row in as_floats.data], expected) >= floor
+    assert worst_cosine(alone, expected[:40]) >= floor
+    assert [row.index for row in together.data] == list(range(100))
+
+
+async def test_the_async_sdk_gets_the_same(server: LiveServer, client: openai.OpenAI) -> None:
+    inputs = texts(8)
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as sdk:
+        replies = await asyncio.gather(*(sdk.embeddings.create(model=MINILM_ID, input=text) for text in inputs))
+    together = client.embeddings.create(model=MINILM_ID, input=inputs)
+    for reply, row in zip(replies, together.data, strict=True):
+        assert np.dot(reply.data[0].embedding, row.embedding) > 0.9999
+
+
+def test_every_model_answers_to_its_id_and_its_canonical_name_in_any_case(server: LiveServer, client: openai.OpenAI) -> None:
+    names = {"tiny-xlmr": "tests/Tiny-XLMR", "TINY-xlmr": "tests/Tiny-XLMR", "tests/tiny-xlmr": "tests/Tiny-XLMR"}
+    names |= {MINILM_ID.upper(): MINILM_NAME, MINILM_NAME: MINILM_NAME}
+    for name, canonical in names.items():
+        assert client.embeddings.create(model=name, input="hello").model == canonical
+    assert {model.id for model in client.models.list()} == {entry["id"] for entry in server.models}
+    assert client.models.retrieve(MINILM_NAME).id == MINILM_NAME
+
+
+def test_headers_tell_the_request_the_model_and_the_time(client: openai.OpenAI, server: LiveServer) -> None:
+    raw = client.embeddings.with_raw_response.create(model=MINILM_ID, input="hello")
+    assert len(raw.headers.get_list("x-request-id")) == 1
+    assert len(raw.headers["x-model-fingerprint"]) == 12
+    assert {"tokenize", "queue", "compute", "total"} <= {
+        part.split(";")[0].strip() for part in raw.headers["server-timing"].split(",")
+    }
+    mine = httpx.get(f"{server.url}/v1/models", headers={"X-Request-Id": "mine"})
+    assert mine.headers.get_list("x-request-id") == ["mine"]
+
+
+def test_errors_have_the_openai_shape_behind_the_proxy(client: openai.OpenAI, server: LiveServer) -> None:
+    with pytest.raises(openai.NotFoundError) as missing:
+        client.embeddings.create(model="no-such-model", input="hello")
+    assert (missing.value.code, missing.value.param) == ("model_not_found", "model")
+    with pytest.raises(openai.BadRequestError) as ids:
+        client.embeddings.create(model=MINILM_ID, input=[[101, 2023]])
+    assert (ids.value.code, ids.value.param) == ("unsupported_parameter", "input")
+    unrouted = httpx.get(f"{server.url}/v2/embeddings")
+    assert unrouted.json()["error"]["code"] == "route_not_found"
+    assert len(unrouted.headers.get_list("x-request-id")) == 1
+
+
+def test_a_body_over_the_limit_is_refused_before_it_is_sent_whole(server: LiveServer) -> None:
+    """Only the head and one MiB go out; the answer is there while the other 16 MiB never leave."""
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {17 << 20}\r\n\r\n"
+    with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
+        connection.sendall(head.encode() + b" " * (1 << 20))
+        assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
+
+
+def test_2048_strings_pass_for_the_small_class_and_one_more_does_not(client: openai.OpenAI) -> None:
+    assert len(client.embeddings.create(model=MINILM_ID, input=["hi"] * 2048).data) == 2048
+    with pytest.raises(openai.BadRequestError, match=r"2,049 inputs.* 2,048") as refused:
+        client.embeddings.create(model=MINILM_ID, input=["hi"] * 2049)
+    assert refused.value.code == "too_many_inputs"
+
+
+def test_clients_that_hang_up_leave_nothing_behind(server: LiveServer, client: openai.OpenAI) -> None:
+    rng = random.Random(3)
+    inputs = texts(64, shortest=100, longest=150)
+    body = json.dumps({"model": MINILM_ID, "input": inputs}).encode()
+    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    most = 0
+    for _ in range(30):
+        connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
+        for connection in connections:
+            connection.sendall(head % len(body) + body)
+        time.sleep(rng.uniform(0.05, 0.3))
+        most = max(most, server.pending())
+        for connection in connections:
+            connection.close()
+    assert most > 0
+    server.wait_until(lambda: server.pending() == 0, 20)
+    assert client.embeddings.create(model=MINILM_ID, input="still there").model == MINILM_NAME
+
+
+class Loop:
+    """A client that asks, over and over, until told to stop."""
+
+    def __init__(self, ask: Callable[[], object]) -> None:
+        self.answers, self.errors = 0, list[Exception]()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._run, args=(ask,))
+
+    def _run(self, ask: Callable[[], object]) -> None:
+        while not self._stop.is_set():
+            try:
+                ask()
+                self.answers += 1
+            except Exception as error:
+                self.errors.append(error)
+
+    def __enter__(self) -> Loop:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join()
+
+
+def test_a_model_comes_and_goes_and_the_others_do_not_notice(
+    server: LiveServer, client: openai.OpenAI, checkpoint: dict[str, Any]
+) -> None:
+    before = server.replica_pids()
+    third = checkpoint | {"id": "third", "name": "tests/Third"}
+    with Loop(lambda: client.embeddings.create(model=MINILM_ID, input="hello")) as loop:
+        server.deploy([*server.models, third])
+        with contextlib.suppress(openai.InternalServerError):
+            while True:  # until it is known: 404, then 503 while it loads
+                with contextlib.suppress(openai.NotFoundError):
+                    client.embeddings.create(model="third", input="hello")
+                    break
+                time.sleep(0.05)
+        server.wait_until(lambda: server.states().get("third") == "ready", 120)
+        assert client.embeddings.create(model="tests/third", input="hello").model == "tests/Third"
+        after = server.replica_pids()
+        server.deploy(server.models)
+        server.wait_until(lambda: "model-third" not in server.replica_pids(), 60)
+        with pytest.raises(openai.NotFoundError):
+            client.embeddings.create(model="third", input="hello")
+    assert loop.errors == []
+    assert loop.answers > 20
+    assert {app: pids for app, pids in after.items() if app in before} == before
+    assert server.replica_pids() == before
+
+
+def test_a_killed_replica_is_replaced_and_retries_get_through(server: LiveServer) -> None:
+    victim = server.replica_pids()["model-tiny-xlmr"][0]
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=5) as sdk:
+        sdk.embeddings.create(model="tiny-xlmr", input="before")
+        os.kill(victim, signal.SIGKILL)
+        assert sdk.embeddings.create(model="tiny-xlmr", input="after").model == "tests/Tiny-XLMR"
+    server.wait_until(lambda: victim not in server.replica_pids()["model-tiny-xlmr"], 60)
+    server.wait_until(lambda: set(server.states().values()) == {"ready"}, 60)
+
+
+def test_no_text_reaches_the_logs(server: LiveServer, client: openai.OpenAI) -> None:
+    marker = "xyzzy-plugh-7391"
+    client.embeddings.create(model=MINILM_ID, input=marker)
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model=MINILM_ID, input=marker, user=marker * 50)
+    with pytest.raises(openai.BadRequestError):
+        client.embeddings.create(model=MINILM_ID, input=[marker, ""])
+    session = Path("/tmp/ray/session_latest/logs").resolve()
+    logs = [server.log_path, *(path for path in session.rglob("*") if path.is_file())]
+    assert len(logs) > 5
+    assert not [path for path in logs if marker in path.read_text(errors="replace")]

@@ -22,7 +22,9 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from tokenizers import models, normalizers, pre_tokenizers, trainers
+from transformers.utils import logging as transformers_logging
 
+transformers_logging.disable_progress_bar()
 VOCABULARY = 600  # entries: room for every letter and a few hundred syllables
 INITIALIZER_RANGE = 0.25  # ten times the usual: untrained weights must still tell one position or pooling from another
 WORDS = ["".join(pair) for pair in itertools.product("ba ce di fo gu la me ni po ru sa te vi".split(), repeat=2)]
@@ -110,7 +112,9 @@ def _word_piece(kind: type[Any], special: Sequence[str]) -> Callable[[Sequence[s
             vocab_size=VOCABULARY, special_tokens=list(special), initial_alphabet=list(_ALPHABET), show_progress=False
         )
         tokenizer.train_from_iterator(corpus, trainer)
-        return kind(vocab=_model(tokenizer)["vocab"], model_max_length=context)
+        pieces = sorted(set(_model(tokenizer)["vocab"]) - set(special))  # the trainer numbers letters by chance
+        vocabulary = {piece: id for id, piece in enumerate([*special, *pieces])}
+        return kind(vocab=vocabulary, model_max_length=context)
 
     return train
 
@@ -133,16 +137,19 @@ def _byte_level(corpus: Sequence[str], context: int) -> Any:
 def _unigram(corpus: Sequence[str], context: int) -> Any:
     tokenizer = tokenizers.Tokenizer(models.Unigram())
     tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    special = ("<s>", "<pad>", "</s>", "<unk>")
     trainer = trainers.UnigramTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>"],
+        special_tokens=list(special),
         unk_token="<unk>",
         initial_alphabet=list(_ALPHABET),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    pieces = [(piece, score) for piece, score in _model(tokenizer)["vocab"]]
-    return transformers.XLMRobertaTokenizer(vocab=[*pieces, ("<mask>", 0.0)], model_max_length=context)
+    # The trainer adds up in any order: who goes first, and the last digits of a score, are chance.
+    pieces = sorted((piece, round(score, 1)) for piece, score in _model(tokenizer)["vocab"] if piece not in special)
+    vocabulary = [*((piece, 0.0) for piece in special), *pieces, ("<mask>", 0.0)]
+    return transformers.XLMRobertaTokenizer(vocab=vocabulary, model_max_length=context)
 
 
 def _model(tokenizer: tokenizers.Tokenizer) -> dict[str, Any]:

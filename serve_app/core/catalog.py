@@ -99,7 +99,7 @@ class ModelSpec(StrictModel):
     trust_remote_code: bool = False
     """Run Python code that ships with the weights. Off unless you have read that code."""
     replicas: Scaling = Scaling()
-    num_cpus: Annotated[float, Field(ge=0)] = 0.5
+    num_cpus: Annotated[float, Field(ge=0)] = 0.25
     """What Ray reserves per replica. It limits nothing; `threads` does."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPU share per replica: 0.5 puts two on one GPU."""

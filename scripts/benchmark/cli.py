@@ -1,0 +1,148 @@
+"""The command line: what to measure and where, in order, with the server and the ceiling ended whatever happens."""
+
+from __future__ import annotations
+
+import argparse
+import signal
+import sys
+import tempfile
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import Any, NoReturn
+
+import orjson
+import yaml
+
+from benchmark import BenchError, machine
+from benchmark.ceiling import Ceiling
+from benchmark.client import Route
+from benchmark.machine import Meter, trees
+from benchmark.report import tables
+from benchmark.runs import Bench, Run
+from benchmark.server import serving, settings
+from benchmark.workloads import Workload, from_file, mixed, passages, short_queries
+from serve_app.app import ENCODER_ENV
+
+DESCRIPTION = """\
+Measures the embeddings server over HTTP, next to what this machine's cores can do in-process with the same texts.
+
+Starts the server itself on a free port, checks that it answers with the model's vectors, then measures in rounds:
+bulk imports (server and in-process ceiling in turn), single queries, and single queries beside a bulk import.
+Ends what it started. Leave the machine alone meanwhile: it says so if somebody did not.
+"""
+QUICK = {"rounds": 1, "seconds": 2.5}
+
+
+def run(arguments: Sequence[str], root: Path) -> int:
+    """The exit status: 0, or 1 when nothing could be measured or the answers were wrong."""
+    options = _parse(arguments, root)
+    # Said anew, because a shell's background jobs ignore SIGINT and the server would inherit that.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, _terminated)
+    try:
+        _measure(options, root)
+    except BenchError as error:
+        print(f"scripts/bench: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
+    return 0
+
+
+def _measure(options: argparse.Namespace, root: Path) -> None:
+    entry = _entry(options.config, options.model)
+    workloads = _workloads(options)
+    with ExitStack() as stack:
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
+        if options.url:
+            url, server = options.url, (lambda: trees(options.server_pid)) if options.server_pid else None
+            how = f"{url}, which was running"
+        else:
+            print("starting the server", file=sys.stderr)
+            started = stack.enter_context(serving(options.config, root, folder))
+            url, server = started.url, started.processes
+            how = "serve run, " + " ".join(f"{name}={value}" for name, value in settings().items())
+        ceiling = stack.enter_context(Ceiling(entry, ENCODER_ENV))
+        dtype = ceiling.open()
+        route = Route.parse(url, model=options.model, format=options.format)
+        bench = Bench(route, ceiling, Meter(server), workloads=workloads, seconds=options.seconds, seed=options.seed)
+        cosine, compared = bench.check()
+        head = {
+            "machine": machine.description(),
+            "model": f"{options.model}, {dtype}",
+            "server": how,
+            "client": f"encoding_format {options.format}, seed {options.seed}, {options.seconds:g} s a measurement",
+            "answers": f"lowest cosine to the in-process vectors {cosine:.6f}, over {compared} texts",
+        }
+        print("\n".join(f"{name:8} {value}" for name, value in head.items()), end="\n\n", flush=True)
+        bench.prepare()
+        runs = list(bench.rounds(options.rounds))
+    print(tables(runs))
+    if options.json:
+        options.json.write_bytes(_json(head, runs))
+
+
+def _parse(arguments: Sequence[str], root: Path) -> argparse.Namespace:
+    parser = argparse.ArgumentParser("scripts/bench", None, DESCRIPTION, formatter_class=_Help)
+    add = parser.add_argument
+    add("--rounds", type=int, default=3, help="of everything; medians are printed")
+    add("--seconds", type=float, default=10.0, help="about how long one measurement takes")
+    add("--quick", action="store_true", help="a smoke run of about a minute: one short round")
+    add("--seed", type=int, default=1, help="of the texts and of the arrivals")
+    add("--workload", type=Path, action="append", default=[], metavar="FILE.jsonl", help=WORKLOAD_HELP)
+    add("--format", choices=("base64", "float"), default="base64", help="encoding_format of the requests")
+    add("--config", type=Path, default=root / "deployments.yaml", help="what to serve")
+    add("--model", default="all-MiniLM-L6-v2", help="the id of the config's entry that is measured")
+    add("--url", help="measure a server that runs already on this machine, instead of starting one")
+    add("--server-pid", type=int, action="append", default=[], metavar="PID", help=PID_HELP)
+    add("--json", type=Path, metavar="FILE", help="write the raw figures of every measurement there")
+    options = parser.parse_args(arguments)
+    if options.server_pid and not options.url:
+        parser.error("--server-pid goes with --url")
+    if options.quick:
+        vars(options).update(QUICK)
+    if options.rounds < 1 or options.seconds <= 0:
+        parser.error("--rounds and --seconds must be positive")
+    return options
+
+
+WORKLOAD_HELP = "one JSON string per line, instead of the generated bulk texts; repeatable"
+PID_HELP = "with --url: the root of a process tree of the server, for the CPU columns; repeatable (HAProxy, raylet)"
+
+
+class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    pass
+
+
+def _entry(config: Path, model: str) -> dict[str, Any]:
+    """The `args` of the application that serves this model."""
+    try:
+        applications = yaml.safe_load(config.read_text())["applications"]
+    except (OSError, yaml.YAMLError, KeyError, TypeError) as error:
+        raise BenchError(f"{config} cannot be read: {error}") from error
+    entries = {application["args"].get("id"): application["args"] for application in applications}
+    if model not in entries:
+        raise BenchError(f"{config} has no model {model!r}; it has: {', '.join(filter(None, entries))}")
+    found: dict[str, Any] = entries[model]
+    return found
+
+
+def _workloads(options: argparse.Namespace) -> list[Workload]:
+    if options.workload:
+        workloads = [from_file(path) for path in options.workload]
+        if len({workload.name for workload in workloads}) < len(workloads):
+            raise BenchError("two --workload files have the same name")
+        return workloads
+    return [short_queries(options.seed), passages(options.seed), mixed(options.seed)]
+
+
+def _json(head: dict[str, str], runs: list[Run]) -> bytes:
+    return orjson.dumps({**head, "runs": [asdict(each) for each in runs]}, option=orjson.OPT_INDENT_2)
+
+
+def _terminated(number: int, frame: FrameType | None) -> NoReturn:
+    """SIGTERM ends the server too, instead of leaving it behind."""
+    sys.exit(128 + number)

@@ -1,0 +1,136 @@
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+
+import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from serve_app.core.errors import AtCapacity, InvalidInput, ServiceError, did_you_mean, every_error, shown
+
+quick = settings(max_examples=100, deadline=None)
+
+CONTRACT = {
+    "invalid_json": (400, "invalid_request_error"),
+    "missing_required_field": (400, "invalid_request_error"),
+    "unknown_parameter": (400, "invalid_request_error"),
+    "unsupported_parameter": (400, "invalid_request_error"),
+    "invalid_input": (400, "invalid_request_error"),
+    "too_many_inputs": (400, "invalid_request_error"),
+    "too_many_tokens": (400, "invalid_request_error"),
+    "invalid_idempotency_key": (400, "invalid_request_error"),
+    "invalid_api_key": (401, "authentication_error"),
+    "model_not_allowed": (403, "permission_error"),
+    "plan_limit_exceeded": (403, "permission_error"),
+    "model_not_found": (404, "not_found_error"),
+    "route_not_found": (404, "not_found_error"),
+    "method_not_allowed": (405, None),  # the contract names no type for it
+    "idempotency_conflict": (409, "invalid_request_error"),
+    "idempotency_in_progress": (409, "invalid_request_error"),
+    "request_too_large": (413, "invalid_request_error"),
+    "unsupported_media_type": (415, "invalid_request_error"),
+    "rate_limit_exceeded": (429, "rate_limit_error"),
+    "internal_error": (500, "api_error"),
+    "model_loading": (503, "service_unavailable"),
+    "at_capacity": (503, "service_unavailable"),
+    "store_unavailable": (503, "service_unavailable"),
+    "timeout": (504, "api_error"),
+}
+ERRORS = [pytest.param(error, id=error.__name__) for error in every_error()]
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_each_error_has_the_contracts_status_and_type(error: type[ServiceError]) -> None:
+    status, type_ = CONTRACT[error.code]
+    assert error.status == status
+    assert error.type == (type_ or error.type)
+
+
+def test_no_two_errors_share_a_code() -> None:
+    assert set(Counter(error.code for error in every_error()).values()) == {1}
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_each_error_says_what_the_caller_can_do_and_whether_to_try_again(error: type[ServiceError]) -> None:
+    assert error.advice.endswith(".")
+    assert error.retryable == (error.status >= 500)
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_the_body_has_all_four_fields_and_nothing_else(error: type[ServiceError]) -> None:
+    body = {"message": "What was wrong.", "type": error.type, "param": None, "code": error.code}
+    assert error("What was wrong.").body() == {"error": body}
+    assert error("What was wrong.", param="input[3]").body() == {"error": body | {"param": "input[3]"}}
+
+
+def test_waiting_is_only_advised_where_it_helps() -> None:
+    assert InvalidInput("No.").headers() == {}
+
+
+@pytest.mark.parametrize(
+    ("seconds", "header"),
+    [
+        (-5, "1"),
+        (0, "1"),
+        (0.01, "1"),
+        (1, "1"),
+        (1.01, "2"),
+        (59.5, "60"),
+        (119.01, "120"),
+        (120, "120"),
+        (1e9, "120"),
+    ],
+)
+def test_retry_after_is_rounded_up_to_whole_seconds_between_1_and_120(seconds: float, header: str) -> None:
+    assert AtCapacity("Full.", retry_after_s=seconds).headers() == {"Retry-After": header}
+
+
+@quick
+@given(st.floats(allow_nan=False))
+@example(math.inf)
+def test_retry_after_is_a_number_that_clients_obey_whatever_was_measured(seconds: float) -> None:
+    header = AtCapacity("Full.", retry_after_s=seconds).headers()["Retry-After"]
+    assert header.isdecimal()
+    assert 1 <= int(header) <= 120
+
+
+@pytest.mark.parametrize("name", ["bge-m3", "BAAI/bge-m3", "all-MiniLM-L6-v2", "encodingformat", "_x", "0", "a" * 64])
+def test_a_name_is_shown_in_quotes(name: str) -> None:
+    assert shown(name) == f"'{name}'"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "",
+        "two words",
+        "a/b/c",
+        "/a",
+        "a/",
+        "-rf",
+        "a\n",
+        "a\0",
+        "über",
+        "a'b",
+        "<b>",
+        "a" * 65,
+        "{x}",
+        "a\u202eb",
+        "\ud800",
+    ],
+)
+def test_what_is_no_name_is_not_repeated(text: str) -> None:
+    assert shown(text) == "the given one"
+
+
+@quick
+@given(st.text(st.characters(exclude_categories=()), max_size=200) | st.text("aZ9_.-/ '\n", max_size=140))
+def test_whatever_is_shown_is_made_of_a_names_characters(text: str) -> None:
+    assert shown(text) == "the given one" or re.fullmatch(r"'[A-Za-z0-9_.\-/]{1,129}'", shown(text))
+
+
+def test_a_guess_is_made_only_where_something_is_near() -> None:
+    assert did_you_mean("dimensions") == " Did you mean 'dimensions'?"
+    assert did_you_mean(None) == ""

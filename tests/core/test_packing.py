@@ -1,0 +1,217 @@
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
+
+from serve_app.core.packing import Packed, PackingQueue, Span, runs
+
+quick = settings(max_examples=60, deadline=None)
+
+LENGTHS = st.lists(
+    st.one_of(st.integers(1, 40), st.integers(1, 700), st.sampled_from([255, 256, 257, 500])), max_size=20
+)
+REQUESTS = st.lists(LENGTHS, max_size=8)
+MAX_TOKENS = st.one_of(st.integers(1, 1200), st.sampled_from([256, 500, 512]))
+MAX_SEQUENCES = st.integers(1, 12)
+
+
+def queue_of(requests: list[list[int]]) -> PackingQueue:
+    queue = PackingQueue()
+    for request, lengths in enumerate(requests):
+        queue.add(request, lengths)
+    return queue
+
+
+def drain(queue: PackingQueue, max_tokens: int, max_sequences: int) -> list[list[Span]]:
+    units = []
+    while unit := queue.next_unit(max_tokens, max_sequences):
+        units.append(unit)
+    return units
+
+
+def tokens_of(span: Span, lengths: list[int]) -> int:
+    return sum(lengths[span.first : span.first + span.count])
+
+
+@quick
+@given(REQUESTS, MAX_TOKENS, MAX_SEQUENCES)
+def test_every_sequence_leaves_once_and_in_order(
+    requests: list[list[int]], max_tokens: int, max_sequences: int
+) -> None:
+    units = drain(queue_of(requests), max_tokens, max_sequences)
+
+    left: list[list[int]] = [[] for _ in requests]
+    for span in (span for unit in units for span in unit):
+        left[span.request] += range(span.first, span.first + span.count)
+    assert left == [list(range(len(lengths))) for lengths in requests]
+
+
+@quick
+@given(REQUESTS, MAX_TOKENS, MAX_SEQUENCES)
+def test_a_unit_keeps_both_limits_unless_it_is_one_long_sequence(
+    requests: list[list[int]], max_tokens: int, max_sequences: int
+) -> None:
+    for unit in drain(queue_of(requests), max_tokens, max_sequences):
+        sequences = sum(span.count for span in unit)
+        assert sequences <= max_sequences
+        assert sequences == 1 or sum(tokens_of(span, requests[span.request]) for span in unit) <= max_tokens
+
+
+@quick
+@given(REQUESTS, MAX_TOKENS, MAX_SEQUENCES)
+def test_a_request_has_at_most_one_span_in_a_unit_and_no_span_is_empty(
+    requests: list[list[int]], max_tokens: int, max_sequences: int
+) -> None:
+    for unit in drain(queue_of(requests), max_tokens, max_sequences):
+        assert len({span.request for span in unit}) == len(unit)
+        assert all(span.count > 0 for span in unit)
+
+
+def test_requests_take_turns_within_a_unit() -> None:
+    queue = queue_of([[100] * 100, [100], [100]])
+    assert queue.next_unit(1000, 100) == [
+        Span(request=0, first=0, count=8),
+        Span(request=1, first=0, count=1),
+        Span(request=2, first=0, count=1),
+    ]
+
+
+def test_a_sequence_as_long_as_a_unit_is_not_overtaken_for_ever() -> None:
+    queue = queue_of([[10] * 50, [10] * 50, [1000]])
+    for arrival in range(3, 6):
+        unit = queue.next_unit(1000, 100)
+        queue.add(arrival, [10] * 50)
+        if any(span.request == 2 for span in unit):
+            assert unit == [Span(request=2, first=0, count=1)]
+            return
+    pytest.fail("two requests were before it, and three units left without it")
+
+
+def test_a_request_cannot_wait_twice() -> None:
+    queue = queue_of([[5]])
+    with pytest.raises(ValueError, match="waits already"):
+        queue.add(0, [5])
+    assert (queue.sequences, queue.tokens) == (1, 5)
+
+
+def test_a_request_without_sequences_takes_no_turn() -> None:
+    queue = queue_of([[], [7]])
+    assert queue.next_unit(100, 10) == [Span(request=1, first=0, count=1)]
+    assert queue.next_unit(100, 10) == []
+
+
+class Queueing(RuleBasedStateMachine):
+    """The queue beside the plainest account of what waits, and of how many units may still leave without whom."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = PackingQueue()
+        self.waiting: dict[int, list[int]] = {}
+        self.gone: dict[int, int] = {}
+        self.patience: dict[int, int] = {}
+        self.arrivals = 0
+
+    @rule(lengths=LENGTHS)
+    def add(self, lengths: list[int]) -> None:
+        request, self.arrivals = self.arrivals, self.arrivals + 1
+        self.queue.add(request, lengths)
+        if lengths:
+            self.patience[request] = len(self.waiting)
+            self.waiting[request], self.gone[request] = lengths, 0
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.waiting)))
+        self.queue.cancel(request)
+        del self.waiting[request], self.gone[request], self.patience[request]
+
+    @rule(beyond=st.integers(0, 3))
+    def cancel_one_that_does_not_wait(self, beyond: int) -> None:
+        self.queue.cancel(self.arrivals + beyond)
+
+    @rule(max_tokens=MAX_TOKENS, max_sequences=MAX_SEQUENCES)
+    def next_unit(self, max_tokens: int, max_sequences: int) -> None:
+        unit = self.queue.next_unit(max_tokens, max_sequences)
+        assert bool(unit) == bool(self.waiting)
+
+        sequences = sum(span.count for span in unit)
+        tokens = sum(tokens_of(span, self.waiting[span.request]) for span in unit)
+        assert sequences <= max_sequences
+        assert tokens <= max_tokens or sequences == 1
+
+        served = {span.request for span in unit}
+        assert len(served) == len(unit)
+        for request in self.waiting.keys() - served:
+            assert self.patience[request] > 0, "more units left without it than requests were before it"
+            self.patience[request] -= 1
+        for span in unit:
+            assert span.first == self.gone[span.request]
+            self.gone[span.request] += span.count
+            if self.gone[span.request] == len(self.waiting[span.request]):
+                del self.waiting[span.request], self.gone[span.request], self.patience[span.request]
+        for request in served & self.waiting.keys():
+            self.patience[request] = len(self.waiting) - 1
+
+    @invariant()
+    def the_counters_are_true(self) -> None:
+        left = [length for request, lengths in self.waiting.items() for length in lengths[self.gone[request] :]]
+        assert (self.queue.sequences, self.queue.tokens) == (len(left), sum(left))
+
+
+Queueing.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestQueueing = Queueing.TestCase
+
+
+def packed(lengths: list[int]) -> Packed:
+    return Packed(ids=np.arange(sum(lengths), dtype=np.int32), lengths=np.array(lengths, np.int32))
+
+
+def texts(packed: Packed) -> list[list[int]]:
+    ends = np.cumsum(packed.lengths)
+    return [ids.tolist() for ids in np.split(packed.ids, ends)][: len(ends)]
+
+
+@quick
+@given(st.lists(st.integers(1, 9), max_size=12), st.data())
+def test_a_slice_holds_the_same_sequences(lengths: list[int], data: st.DataObject) -> None:
+    whole = packed(lengths)
+    first = data.draw(st.integers(0, len(lengths)))
+    count = data.draw(st.integers(0, len(lengths) - first))
+
+    piece = whole.slice(first, count)
+    assert texts(piece) == texts(whole)[first : first + count]
+    assert piece.tokens == sum(lengths[first : first + count])
+
+
+@quick
+@given(st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=5), min_size=1, max_size=5))
+def test_join_puts_the_sequences_of_all_parts_end_to_end(parts: list[list[int]]) -> None:
+    joined = Packed.join([packed(lengths) for lengths in parts])
+    assert texts(joined) == [text for lengths in parts for text in texts(packed(lengths))]
+    assert joined.ids.dtype == joined.lengths.dtype == np.int32
+
+
+@quick
+@given(st.lists(st.integers(1, 9), min_size=1, max_size=12))
+def test_halves_are_the_whole_and_differ_by_one_sequence_at_most(lengths: list[int]) -> None:
+    whole = packed(lengths)
+    front, back = whole.halves()
+    assert texts(Packed.join([front, back])) == texts(whole)
+    assert 0 <= len(back.lengths) - len(front.lengths) <= 1
+
+
+@quick
+@given(st.lists(st.integers(1, 100), max_size=30).map(sorted), st.integers(1, 20))
+def test_runs_are_the_longest_neighbourhoods_that_pad_to_the_same_multiple(lengths: list[int], step: int) -> None:
+    found = list(runs(lengths, step))
+    assert [index for first, count in found for index in range(first, first + count)] == list(range(len(lengths)))
+
+    padded = [{-(-length // step) for length in lengths[first : first + count]} for first, count in found]
+    assert all(len(multiples) == 1 for multiples in padded)
+    assert all(one != other for one, other in itertools.pairwise(padded))

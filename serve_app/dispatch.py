@@ -197,7 +197,9 @@ class Dispatcher:
             return
         packed = Packed.join([self._flights[span.request].packed.slice(span.first, span.count) for span in wanted])
         reply = await self._send(Unit(packed=packed, express=lane.express, fingerprint=self._fingerprint))
-        self._rate.carried(packed.tokens)
+        if reply.vectors.shape != (len(packed.lengths), self._dimensions):
+            raise RuntimeError(f"a reply of shape {reply.vectors.shape}. This is a bug")
+        self._rate.carried(packed.tokens, time.perf_counter())
         row = 0
         for span in wanted:
             if flight := self._flights.get(span.request):
@@ -225,7 +227,8 @@ class _Rate:
         self._advance(now_s)
         self._under_way -= 1
 
-    def carried(self, tokens: int) -> None:
+    def carried(self, tokens: int, now_s: float) -> None:
+        self._advance(now_s)
         self._tokens += tokens
 
     def seconds_for(self, tokens: int) -> float:

@@ -27,7 +27,8 @@ from transformers.utils import logging as transformers_logging
 transformers_logging.disable_progress_bar()
 VOCABULARY = 600  # entries: room for every letter and a few hundred syllables
 INITIALIZER_RANGE = 0.25  # ten times the usual: untrained weights must still tell one position or pooling from another
-WORDS = ["".join(pair) for pair in itertools.product("ba ce di fo gu la me ni po ru sa te vi".split(), repeat=2)]
+SYLLABLES = ("ba", "ce", "di", "fo", "gu", "la", "me", "ni", "po", "ru", "sa", "te", "vi")
+WORDS = ["".join(pair) for pair in itertools.product(SYLLABLES, repeat=2)]
 
 
 def prose(words: int, chance: random.Random) -> str:
@@ -68,13 +69,12 @@ def make_checkpoint(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         transformers.AutoModel.from_config(config).save_pretrained(folder)
-    names = {"0": "", "1": "1_Pooling", "2": "2_Normalize"}
-    kinds = ("Transformer", "Pooling", "Normalize")
+    modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     _write(
         folder / "modules.json",
         [
-            {"idx": int(name), "name": name, "path": path, "type": f"sentence_transformers.models.{kind}"}
-            for (name, path), kind in zip(names.items(), kinds, strict=True)
+            {"idx": index, "name": str(index), "path": path, "type": f"sentence_transformers.models.{module}"}
+            for index, (path, module) in enumerate(modules.items())
         ],
     )
     _write(folder / "sentence_bert_config.json", {"max_seq_length": context, "do_lower_case": False})

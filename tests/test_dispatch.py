@@ -304,6 +304,33 @@ async def test_an_error_for_the_caller_passes_through_unchanged_and_is_not_tried
     assert replica.sent()[UNITS_PER_REPLICA:] == [[10, 20, 30]]
 
 
+async def test_who_gives_up_before_the_second_try_is_not_tried_again(caplog: pytest.LogCaptureFixture) -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica)
+    replica.hold()
+    blockers = await filled_up(dispatch)
+    stayed, gone = (start(dispatch.encode(request(first_id, LONG))) for first_id in (10, 20))
+    await settle()
+    replica.errors[20] = RuntimeError("no")
+    replica.release()
+    replica.hold()
+    await settle()
+    assert replica.sent()[UNITS_PER_REPLICA:] == [[10, 20]]
+    replica.release()
+    replica.hold()
+    await settle()
+    assert replica.sent()[UNITS_PER_REPLICA:] == [[10, 20], [10]]
+
+    gone.cancel()
+    await settle()
+    replica.release()
+    assert (await stayed).vectors.tolist() == [[10, LONG]]
+    await asyncio.gather(*blockers)
+    await settle()
+    assert replica.sent()[UNITS_PER_REPLICA:] == [[10, 20], [10]]
+    assert len(caplog.records) == 1
+
+
 async def test_an_error_for_the_caller_may_also_come_from_the_second_try() -> None:
     errors = iter([RuntimeError("once"), ModelLoading("Starting.", retry_after_s=3)])
 
@@ -401,6 +428,22 @@ async def test_before_anything_was_measured_a_full_queue_says_a_second() -> None
     assert refusal.headers() == {"Retry-After": "1"}
     replica.release()
     await asyncio.gather(*tasks)
+
+
+async def test_who_gives_up_makes_room_in_a_full_queue() -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica, max_pending_tokens=2 * LONG)
+    replica.hold()
+    tasks = await filled_up(dispatch)
+    waiting = start(dispatch.encode(request(1, LONG, LONG)))
+    await settle()
+    await refused(dispatch, request(2, LONG))
+    waiting.cancel()
+    await settle()
+    tasks.append(start(dispatch.encode(request(2, LONG))))
+    await settle()
+    replica.release()
+    assert (await asyncio.gather(*tasks))[-1].vectors.tolist() == [[2, LONG]]
 
 
 async def test_an_idle_queue_takes_a_request_of_any_size() -> None:

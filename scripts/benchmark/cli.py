@@ -33,13 +33,14 @@ Starts the server itself on a free port, checks that it answers with the model's
 bulk imports (server and in-process ceiling in turn), single queries, and single queries beside a bulk import.
 Ends what it started. Leave the machine alone meanwhile: it says so if somebody did not.
 """
-QUICK = {"rounds": 1, "seconds": 2.5}
+FULL_ROUNDS, FULL_S = 3, 10.0
+QUICK_ROUNDS, QUICK_S = 1, 2.5
 
 
 def run(arguments: Sequence[str], root: Path) -> int:
     """The exit status: 0, or 1 when nothing could be measured or the answers were wrong."""
     options = _parse(arguments, root)
-    # Said anew, because a shell's background jobs ignore SIGINT and the server would inherit that.
+    # Said anew: background jobs of a script ignore SIGINT, the server would inherit that, and SIGINT is what ends it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminated)
     try:
@@ -86,24 +87,28 @@ def _measure(options: argparse.Namespace, root: Path) -> None:
 
 
 def _parse(arguments: Sequence[str], root: Path) -> argparse.Namespace:
-    parser = argparse.ArgumentParser("scripts/bench", None, DESCRIPTION, formatter_class=_Help)
+    parser = argparse.ArgumentParser(
+        "scripts/bench", None, DESCRIPTION, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     add = parser.add_argument
-    add("--rounds", type=int, default=3, help="of everything; medians are printed")
-    add("--seconds", type=float, default=10.0, help="about how long one measurement takes")
-    add("--quick", action="store_true", help="a smoke run of about a minute: one short round")
-    add("--seed", type=int, default=1, help="of the texts and of the arrivals")
+    add("--rounds", type=int, help=f"of everything; medians are printed (default: {FULL_ROUNDS})")
+    add("--seconds", type=float, help=f"about how long one measurement takes (default: {FULL_S:g})")
+    add("--quick", action="store_true", help=f"a smoke run of about a minute: {QUICK_ROUNDS} round of {QUICK_S:g} s")
+    add("--seed", type=int, default=1, help="of the texts and of the arrivals (default: 1)")
     add("--workload", type=Path, action="append", default=[], metavar="FILE.jsonl", help=WORKLOAD_HELP)
-    add("--format", choices=("base64", "float"), default="base64", help="encoding_format of the requests")
-    add("--config", type=Path, default=root / "deployments.yaml", help="what to serve")
-    add("--model", default="all-MiniLM-L6-v2", help="the id of the config's entry that is measured")
+    add("--format", choices=("base64", "float"), default="base64", help="encoding_format (default: base64)")
+    add("--config", type=Path, default=root / "deployments.yaml", help="what to serve (default: deployments.yaml)")
+    add("--model", default="all-MiniLM-L6-v2", help="id of the entry to measure (default: all-MiniLM-L6-v2)")
     add("--url", help="measure a server that runs already on this machine, instead of starting one")
     add("--server-pid", type=int, action="append", default=[], metavar="PID", help=PID_HELP)
     add("--json", type=Path, metavar="FILE", help="write the raw figures of every measurement there")
     options = parser.parse_args(arguments)
     if options.server_pid and not options.url:
         parser.error("--server-pid goes with --url")
-    if options.quick:
-        vars(options).update(QUICK)
+    if options.rounds is None:
+        options.rounds = QUICK_ROUNDS if options.quick else FULL_ROUNDS
+    if options.seconds is None:
+        options.seconds = QUICK_S if options.quick else FULL_S
     if options.rounds < 1 or options.seconds <= 0:
         parser.error("--rounds and --seconds must be positive")
     return options
@@ -111,10 +116,6 @@ def _parse(arguments: Sequence[str], root: Path) -> argparse.Namespace:
 
 WORKLOAD_HELP = "one JSON string per line, instead of the generated bulk texts; repeatable"
 PID_HELP = "with --url: the root of a process tree of the server, for the CPU columns; repeatable (HAProxy, raylet)"
-
-
-class _Help(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    pass
 
 
 def _entry(config: Path, model: str) -> dict[str, Any]:

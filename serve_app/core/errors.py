@@ -47,7 +47,7 @@ class ServiceError(Exception):
         """`Retry-After` in whole seconds, at least 1 and at most 120, where waiting helps."""
         if self.retry_after_s is None:
             return {}
-        return {"Retry-After": str(min(MAX_RETRY_AFTER_S, max(1, math.ceil(self.retry_after_s))))}
+        return {"Retry-After": str(math.ceil(min(MAX_RETRY_AFTER_S, max(1, self.retry_after_s))))}
 
 
 class InvalidRequest(ServiceError):

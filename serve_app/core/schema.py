@@ -7,12 +7,12 @@ Whatever is wrong raises an error of `errors.py`; limits that depend on the mode
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Mapping
 from typing import Annotated, Any, Literal, NoReturn, TypeVar
 
 import orjson
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WithJsonSchema
-from pydantic_core import ErrorDetails
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
 from serve_app.core.catalog import MOST_STRINGS
 from serve_app.core.errors import (
@@ -27,14 +27,15 @@ from serve_app.core.errors import (
 )
 from serve_app.core.settings import nearest
 
+_ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
 TOKEN_IDS_MESSAGE = (
     "Token ids are not accepted: they belong to one tokenizer's vocabulary, and this model's is another. Send strings. "
     "LangChain's OpenAIEmbeddings sends ids by default: pass check_embedding_ctx_length=False."
 )
 
 
-def _checked_input(value: Any) -> Any:
-    """The strings of `input`, always as a tuple."""
+def _checked_input(value: Any) -> tuple[str, ...]:
+    """The strings of `input`, always as a tuple. More than any model takes are not looked at, only counted, later."""
     if isinstance(value, str):
         _check_text(value, "input")
         return (value,)
@@ -44,7 +45,7 @@ def _checked_input(value: Any) -> Any:
         raise InvalidInput("input is an empty array; send at least one string.", param="input")
     if all(_is_token_ids(item) for item in value[:MOST_STRINGS]):
         raise UnsupportedParameter(TOKEN_IDS_MESSAGE, param="input")
-    if len(value) <= MOST_STRINGS:  # more than any model takes: too_many_inputs, whatever the items are
+    if len(value) <= MOST_STRINGS:
         for index, item in enumerate(value):
             _check_text(item, f"input[{index}]")
     return tuple(value)
@@ -72,7 +73,7 @@ def _absent_if_null(default: Any) -> BeforeValidator:
 
 Texts = Annotated[
     tuple[str, ...],
-    BeforeValidator(_checked_input),
+    PlainValidator(_checked_input),
     WithJsonSchema(
         {
             "anyOf": [
@@ -196,22 +197,41 @@ def parse(kind: type[Request], body: bytes) -> Request:
     fields = _loads(body)
     if not isinstance(fields, dict):
         raise InvalidJSON("The body must be a JSON object.")
+    _check_names(kind, fields)
+    _check_duplicates(body, fields)
     try:
         return kind.model_validate(fields)
     except ValidationError as error:
         # Not `from error`: pydantic's error quotes its input, and no log may.
-        problem = _worst(error.errors(include_url=False, include_input=False, include_context=False))
-    raise _explain(problem, kind)
+        field = str(error.errors(include_url=False, include_input=False, include_context=False)[0]["loc"][0])
+    raise _bad_value(field)
 
 
 def _loads(body: bytes) -> Any:
     try:
-        fields = orjson.loads(body)
+        return orjson.loads(body)
     except orjson.JSONDecodeError:
         _explain_json(body)
-    if isinstance(fields, dict) and any(body.count(b'"%b"' % key.encode()) > 1 for key in fields if len(key) < 64):
-        json.loads(body, object_pairs_hook=_refuse_duplicates)  # the name may just as well stand in a text
-    return fields
+
+
+def _check_names(kind: type[_Request], fields: Mapping[str, Any]) -> None:
+    """A missing field first: what else is wrong often follows from it."""
+    for name, field in kind.model_fields.items():
+        if field.is_required() and name not in fields:
+            raise MissingRequiredField(f"The field {name!r} is required.", param=name)
+    for name in fields:
+        if name not in kind.model_fields:
+            hint = did_you_mean(nearest(name[:64], kind.model_fields))
+            raise UnknownParameter(f"There is no parameter {shown(name)} here.{hint}", param=name[:64])
+
+
+def _check_duplicates(body: bytes, fields: Iterable[str]) -> None:
+    """The slow look is taken only where a name stands twice, though perhaps in a text, or may be spelt in escapes."""
+    if any(body.count(b'"%b"' % name.encode()) > 1 for name in fields) or _ESCAPED_ASCII.search(body):
+        try:
+            json.loads(body, object_pairs_hook=_refuse_duplicates)
+        except RecursionError:
+            raise InvalidJSON("The body is nested too deeply.") from None
 
 
 def _refuse_duplicates(pairs: Iterable[tuple[str, Any]]) -> dict[str, Any]:
@@ -238,18 +258,7 @@ def _explain_json(body: bytes) -> NoReturn:
     raise InvalidJSON("The body is not valid JSON in UTF-8.")
 
 
-def _worst(problems: list[ErrorDetails]) -> ErrorDetails:
-    """A missing field first: what else is wrong often follows from it."""
-    return min(problems, key=lambda problem: problem["type"] != "missing")
-
-
-def _explain(problem: Mapping[str, Any], kind: type[_Request]) -> ServiceError:
-    field = str(problem["loc"][0])
-    if problem["type"] == "missing":
-        return MissingRequiredField(f"The field {field!r} is required.", param=field)
-    if problem["type"] == "extra_forbidden":
-        hint = did_you_mean(nearest(field, kind.model_fields))
-        return UnknownParameter(f"There is no parameter {shown(field)} here.{hint}", param=field[:64])
+def _bad_value(field: str) -> ServiceError:
     match field:
         case "encoding_format":
             return UnsupportedParameter("encoding_format must be 'float' or 'base64'.", param=field)

@@ -62,7 +62,9 @@ class Gate:
             for waiting, reply in zip(batch, replies, strict=True):
                 if waiting.reply.done():
                     continue
-                if isinstance(reply, BaseException):
+                if isinstance(reply, StopIteration):  # the one exception that no future takes
+                    waiting.reply.set_exception(RuntimeError("StopIteration"))
+                elif isinstance(reply, BaseException):
                     waiting.reply.set_exception(reply)
                 else:
                     waiting.reply.set_result(reply)
@@ -75,6 +77,8 @@ class Gate:
         self._last_was_express = express
         lane, batch, tokens = self._lanes[express], list[_Waiting](), 0
         while lane and (not batch or tokens + lane[0].unit.packed.tokens <= self._max_tokens):
-            batch.append(lane.popleft())
-            tokens += batch[-1].unit.packed.tokens
+            waiting = lane.popleft()
+            if not waiting.reply.done():  # else cancelled, in this very tick
+                batch.append(waiting)
+                tokens += waiting.unit.packed.tokens
         return batch

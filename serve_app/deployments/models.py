@@ -129,11 +129,12 @@ class _Deployed:
 
     @property
     def state(self) -> str:
-        if self.model is not None and self.status != ApplicationStatus.DEPLOY_FAILED:
-            return "ready"
+        healthy = self.status == ApplicationStatus.RUNNING
+        if self.model is not None and (self.replicas or healthy):
+            return "ready"  # also with no replica at all: it sleeps, and has answered before
         if self.status == ApplicationStatus.DEPLOY_FAILED:
             return "failed"
-        return "asleep" if self.status == ApplicationStatus.RUNNING and not self.replicas else "loading"
+        return "asleep" if healthy and not self.replicas else "loading"
 
 
 class LiveModels:
@@ -184,10 +185,14 @@ class LiveModels:
     def _learn(self, status: ServeStatus) -> None:
         apps: dict[str, _Deployed] = {}
         for app, overview in sorted(status.applications.items()):
-            for deployment in overview.deployments:
-                names = names_in(deployment)
-                if names and overview.status != ApplicationStatus.DELETING:
-                    apps[app] = self._update(app, names, overview, deployment)
+            if overview.status == ApplicationStatus.DELETING:
+                continue
+            if overview.status == ApplicationStatus.DEPLOY_FAILED and not overview.deployments:
+                apps[app] = self._update(app, (app, app), overview, replicas=0)  # its entry was refused: no names
+            for deployment, detail in overview.deployments.items():
+                if names := names_in(deployment):
+                    replicas = detail.replica_states.get(ReplicaState.RUNNING, 0)
+                    apps[app] = self._update(app, names, overview, replicas=replicas)
         self._apps = apps
         self._names = {}
         for deployed in apps.values():
@@ -197,13 +202,13 @@ class LiveModels:
                     logger.warning("%s is served by application %s; %s is ignored", name, other.app, deployed.app)
 
     def _update(
-        self, app: str, names: tuple[str, str], overview: ApplicationStatusOverview, deployment: str
+        self, app: str, names: tuple[str, str], overview: ApplicationStatusOverview, *, replicas: int
     ) -> _Deployed:
         deployed = self._apps.get(app)
         if deployed is None or (deployed.id, deployed.name) != names:
             deployed = _Deployed(app=app, id=names[0], name=names[1])
         deployed.status, deployed.deployed_at = overview.status, overview.last_deployed_time_s
-        deployed.replicas = overview.deployments[deployment].replica_states.get(ReplicaState.RUNNING, 0)
+        deployed.replicas = replicas
         if deployed.model is not None:
             deployed.model.dispatcher.replicas = deployed.replicas
         running = overview.status == ApplicationStatus.RUNNING and deployed.replicas

@@ -132,7 +132,7 @@ def test_clients_that_hang_up_leave_nothing_behind(server: LiveServer, client: o
     body = json.dumps({"model": MINILM_ID, "input": inputs}).encode()
     head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{CONTENT}: {len(body)}\r\n\r\n".encode()
     most = 0
-    for _ in range(30):
+    for _ in range(50):
         connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
         for connection in connections:
             connection.sendall(head + body)

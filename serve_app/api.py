@@ -35,6 +35,8 @@ from serve_app.service import Call, Service
 
 logger = logging.getLogger(__name__)
 
+MODEL_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
+
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -56,11 +58,13 @@ def build_app(service: Service, *, max_body_bytes: int, lifespan: Lifespan | Non
         tokenize
     )
     app.get("/v1/models", **_documented(None, schema.ModelList))(list_models)
-    app.get("/v1/models/{id:path}", **_documented(None, schema.Model, 404, 503))(retrieve_model)
+    model_routes = _documented(None, schema.Model, 404, 503) | {"openapi_extra": {"parameters": [MODEL_ID]}}
+    app.get("/v1/models/{id:path}", **model_routes)(retrieve_model)
     app.get("/health", **_documented(None, schema.Health))(health)
     app.get("/ready", **_documented(None, schema.Readiness, also={503: schema.Readiness}))(ready)
     app.add_exception_handler(HTTPException, _unrouted)
     app.add_exception_handler(ServiceError, _refused)
+    app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _broken)
     return Edge(app)
 
@@ -80,9 +84,9 @@ async def list_models(request: Request) -> Response:
     return _json(_service(request).list_models())
 
 
-async def retrieve_model(request: Request, id: str) -> Response:
+async def retrieve_model(request: Request) -> Response:
     """One model, by short id or canonical name (`BAAI%2Fbge-m3`). Free."""
-    return _json(_service(request).retrieve_model(_call(request), id))
+    return _json(_service(request).retrieve_model(_call(request), request.path_params["id"]))
 
 
 async def health(request: Request) -> Response:
@@ -121,8 +125,6 @@ class Edge:
 
         try:
             await self.app(scope, receive, send_with_headers)
-        except ClientDisconnect:
-            pass  # nobody is left to answer
         except Exception:
             if not started:
                 raise  # nothing was said, not even by _broken
@@ -148,7 +150,8 @@ async def _body(request: Request) -> bytes:
         raise UnsupportedMediaType("Compressed bodies are not read: send it without Content-Encoding.")
     limit: int = request.app.state.max_body_bytes
     declared = request.headers.get("content-length", "")
-    chunks, size = [], int(declared) if declared.isdecimal() else 0
+    # More digits than any size has: int() refuses to read them.
+    chunks, size = [], int(declared[:20]) if declared.isdecimal() else 0
     if size <= limit:
         size = 0
         async for chunk in request.stream():
@@ -174,6 +177,10 @@ async def _unrouted(request: Request, error: Exception) -> Response:
 async def _refused(_: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
     return _error(error)
+
+
+async def _gone(_: Request, __: Exception) -> Response:
+    return Response(status_code=499)  # nobody is left to read it
 
 
 async def _broken(request: Request, error: Exception) -> Response:

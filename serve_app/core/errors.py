@@ -139,9 +139,14 @@ def every_error(base: type[ServiceError] = ServiceError) -> Iterator[type[Servic
         yield from every_error(child)
 
 
+def is_name(text: str) -> bool:
+    """Whether it looks like the name of a field or a model, and so may be repeated to its sender."""
+    return _NAME.fullmatch(text) is not None
+
+
 def shown(name: str) -> str:
     """A caller's name as it may stand in a message: quoted if it looks like a name, else not repeated at all."""
-    return repr(name) if _NAME.fullmatch(name) else "the given one"
+    return repr(name) if is_name(name) else "of that name"
 
 
 def did_you_mean(nearest: str | None) -> str:

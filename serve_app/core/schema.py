@@ -23,6 +23,7 @@ from serve_app.core.errors import (
     UnknownParameter,
     UnsupportedParameter,
     did_you_mean,
+    is_name,
     shown,
 )
 from serve_app.core.settings import nearest
@@ -222,7 +223,9 @@ def _check_names(kind: type[_Request], fields: Mapping[str, Any]) -> None:
     for name in fields:
         if name not in kind.model_fields:
             hint = did_you_mean(nearest(name[:64], kind.model_fields))
-            raise UnknownParameter(f"There is no parameter {shown(name)} here.{hint}", param=name[:64])
+            raise UnknownParameter(
+                f"There is no parameter {shown(name)} here.{hint}", param=name if is_name(name) else None
+            )
 
 
 def _check_duplicates(body: bytes, fields: Iterable[str]) -> None:

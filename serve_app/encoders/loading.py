@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 from serve_app.core.catalog import ModelCard, ModelSpec, Source
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward
+from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward, first_position
 from serve_app.encoders.padded import PaddedForward
 from serve_app.encoders.sources import fetch
 
@@ -114,7 +114,7 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
         raise ValueError(f"model {spec.id}: the entry lists dimensions {too_large}, its files have {native}")
     max_tokens, dtype = spec.max_tokens or context, str(model.dtype).removeprefix("torch.")
     modules = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
-    facts = [_weights(spec, folder), dtype, max_tokens, modules, tokenizer_json]
+    facts = [_files(spec, folder), dtype, max_tokens, modules, tokenizer_json]
     return ModelCard(
         id=spec.id,
         name=spec.name,
@@ -130,19 +130,21 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
 
 
 def _context(model: SentenceTransformer) -> int:
-    """Tokens that one input may have: what sentence-transformers truncates to, or what the architecture allows."""
-    if model.max_seq_length:
-        return int(model.max_seq_length)
-    return int(getattr(model[0].auto_model.config, "max_position_embeddings", 512))
+    """Tokens that one input may have: what sentence-transformers truncates to, as far as there are positions."""
+    transformer = model[0].auto_model
+    positions = getattr(transformer.config, "max_position_embeddings", None)
+    if positions is None:
+        return int(model.max_seq_length or 512)
+    return min(int(model.max_seq_length or positions), int(positions) - first_position(transformer))
 
 
-def _weights(spec: ModelSpec, folder: Path) -> str:
-    """Which weights these are: the hub's commit, or a hash over the files."""
+def _files(spec: ModelSpec, folder: Path) -> str:
+    """Which files these are: the hub's commit, or a hash over weights and configurations."""
     revision = Source.parse(spec.source).revision
     if revision:
         return revision
     whole = hashlib.sha256()
-    for path in sorted(folder.rglob("*.safetensors")):
+    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*config.json")]):
         with path.open("rb") as file:
             whole.update(hashlib.file_digest(file, "sha256").digest())
     return whole.hexdigest()

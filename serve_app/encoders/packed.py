@@ -82,9 +82,7 @@ class PackedForward:
         self._transformer = transformer.auto_model
         self._device = model.device
         self._fixed_rows = fixed_rows
-        table = getattr(getattr(self._transformer, "embeddings", None), "position_embeddings", None)
-        padding = getattr(table, "padding_idx", None)
-        self._first_position = 0 if padding is None else padding + 1  # RoBERTa and its kin count from there
+        self._first_position = first_position(self._transformer)
 
     def __call__(self, packed: Packed) -> Vectors:
         """float32 [sequences, dimensions], unit length, in the order given."""
@@ -132,6 +130,13 @@ class PackedForward:
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+def first_position(transformer: torch.nn.Module) -> int:
+    """0, but RoBERTa and its kin count positions from behind their padding index."""
+    table = getattr(getattr(transformer, "embeddings", None), "position_embeddings", None)
+    padding = getattr(table, "padding_idx", None)
+    return 0 if padding is None else int(padding) + 1
 
 
 def rows_for(tokens: int) -> int:

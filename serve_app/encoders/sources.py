@@ -30,12 +30,15 @@ def fetch(spec: ModelSpec) -> Path:
         raise FileNotFoundError(f"model {spec.id}: {spec.source} is {folder}, which is no folder")
     if not any(folder.glob("*.safetensors")):
         raise FileNotFoundError(f"model {spec.id}: no *.safetensors in {folder}; other kinds of weights are not read")
+    for pickled in folder.rglob("pytorch_model*.bin"):
+        if not any(pickled.parent.glob("*.safetensors")):
+            raise FileNotFoundError(f"model {spec.id}: {pickled} is a pickle, and there are no safetensors beside it")
     return folder
 
 
 def _in_package(location: str) -> Path:
     package, _, inside = location.partition("/")
-    found = importlib.util.find_spec(package)
+    found = importlib.util.find_spec(package) if package.isidentifier() else None
     if found is None or not found.submodule_search_locations:
         raise FileNotFoundError(f"there is no installed package {package!r}: pip install it, or name another source")
     return Path(next(iter(found.submodule_search_locations))) / inside

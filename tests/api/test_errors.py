@@ -131,6 +131,11 @@ TABLE = [
         says="key 'input' stands in the body twice",
     ),
     Row(title="brackets without end", code="invalid_json", body=b'{"input":' + b"[" * 50_000),
+    Row(
+        title="brackets too deep",
+        code="invalid_json",
+        body=b'{"model":"input","input":"%b","user":%b}' % (MARKER.encode(), b"[" * 1_010 + b"]" * 1_010),
+    ),
     # 400 missing_required_field
     Row(title="no fields", code="missing_required_field", body={}, param="model", says="'model' is required"),
     Row(title="no model", code="missing_required_field", body={"input": MARKER}, param="model"),
@@ -154,8 +159,8 @@ TABLE = [
         title="a field that is not a name",
         code="unknown_parameter",
         body=asking(MARKER, **{"<b>?": MARKER}),
-        param="<b>?",
-        says="no parameter the given one here",
+        param=None,
+        says="no parameter of that name here",
     ),
     Row(
         title="a field of the other route",
@@ -290,7 +295,7 @@ TABLE = [
         code="model_not_found",
         body={"model": f"say {MARKER}", "input": MARKER},
         param="model",
-        says="no model the given one here",
+        says="no model of that name here",
     ),
     Row(title="no name of a model", code="model_not_found", body={"model": "", "input": MARKER}, param="model"),
     Row(

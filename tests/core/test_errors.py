@@ -122,13 +122,13 @@ def test_a_name_is_shown_in_quotes(name: str) -> None:
     ],
 )
 def test_what_is_no_name_is_not_repeated(text: str) -> None:
-    assert shown(text) == "the given one"
+    assert shown(text) == "of that name"
 
 
 @quick
 @given(st.text(st.characters(exclude_categories=()), max_size=200) | st.text("aZ9_.-/ '\n", max_size=140))
 def test_whatever_is_shown_is_made_of_a_names_characters(text: str) -> None:
-    assert shown(text) == "the given one" or re.fullmatch(r"'[A-Za-z0-9_.\-/]{1,129}'", shown(text))
+    assert shown(text) == "of that name" or re.fullmatch(r"'[A-Za-z0-9_.\-/]{1,129}'", shown(text))
 
 
 def test_a_guess_is_made_only_where_something_is_near() -> None:

@@ -74,7 +74,7 @@ def test_texts_arrive_unchanged(texts: list[str]) -> None:
     assert embeddings(asking(input=texts)).input == tuple(texts)
 
 
-INVALID_FIELDS: list[tuple[dict[str, Any], type[ServiceError], str]] = [
+INVALID_FIELDS: list[tuple[dict[str, Any], type[ServiceError], str | None]] = [
     ({}, MissingRequiredField, "model"),
     ({"input": "a"}, MissingRequiredField, "model"),
     ({"model": "m"}, MissingRequiredField, "input"),
@@ -124,15 +124,15 @@ INVALID_FIELDS: list[tuple[dict[str, Any], type[ServiceError], str]] = [
     (asking(user={}), InvalidInput, "user"),
     (asking(truncate=True), UnknownParameter, "truncate"),
     (asking(Dimensions=256), UnknownParameter, "Dimensions"),
-    (asking(**{"k" * 1000: 1}), UnknownParameter, "k" * 64),
+    (asking(**{"k" * 1000: 1}), UnknownParameter, None),
 ]
 
 
 @pytest.mark.parametrize(
     ("body", "error", "param"),
-    [pytest.param(*row, id=f"{number}-{row[2][:16]}") for number, row in enumerate(INVALID_FIELDS)],
+    [pytest.param(*row, id=f"{number}-{str(row[2])[:16]}") for number, row in enumerate(INVALID_FIELDS)],
 )
-def test_a_wrong_field_is_named(body: dict[str, Any], error: type[ServiceError], param: str) -> None:
+def test_a_wrong_field_is_named(body: dict[str, Any], error: type[ServiceError], param: str | None) -> None:
     found = error_of(body)
     assert found is not None
     assert (type(found), found.param, found.status) == (error, param, 400)
@@ -181,16 +181,22 @@ def test_a_key_that_stands_twice_is_refused_however_it_is_escaped(body: bytes) -
     assert isinstance(error_of(body), InvalidJSON)
 
 
+def test_an_unknown_field_is_named_before_a_doubled_one() -> None:
+    """Each name costs one search of the whole body, so only the few known ones may be searched for."""
+    assert isinstance(error_of(b'{"model": "m", "input": "a", "input": "b", "zzz": 1}'), UnknownParameter)
+
+
 def test_a_text_may_say_what_a_key_says() -> None:
     assert embeddings(asking(model="input", input=["input", "model", '"input": "a"'], user="user")).model == "input"
 
 
 @pytest.mark.parametrize("depth", [10, 500, 980, 1000, 1020, 1100, 100_000])
-def test_deep_nesting_is_refused_like_any_other_wrong_value(depth: int) -> None:
+@pytest.mark.parametrize("field", ["user", "dimensions", "unheard_of"])
+def test_deep_nesting_is_refused_like_any_other_wrong_value(field: str, depth: int) -> None:
     nested = b"[" * depth + b"]" * depth
-    for text in (b"a", b"input"):
-        found = error_of(b'{"model": "m", "input": "%b", "x": %b}' % (text, nested))
-        assert isinstance(found, InvalidJSON | UnknownParameter)
+    for text in (b"a", b"input"):  # a text that says what a key says is looked at twice
+        found = error_of(b'{"model": "m", "input": "%b", "%b": %b}' % (text, field.encode(), nested))
+        assert isinstance(found, InvalidJSON) or (found is not None and found.param == field)
 
 
 def test_the_unpaired_half_of_a_surrogate_pair_is_named_but_a_whole_pair_is_a_character() -> None:
@@ -313,4 +319,4 @@ def test_a_field_that_looks_like_a_name_is_shown_and_any_other_is_not() -> None:
     assert named is not None
     assert odd is not None
     assert "'instruction'" in named.message
-    assert odd.message == "There is no parameter the given one here."
+    assert odd.message == "There is no parameter of that name here."

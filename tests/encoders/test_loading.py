@@ -160,7 +160,8 @@ def test_the_hub_is_asked_for_that_commit_and_for_no_code_or_pickles(
     assert set(with_code) - set(without_code) == {"*.py"}
 
 
-def test_a_hub_model_that_was_never_downloaded_is_an_os_error_when_offline() -> None:
+def test_a_hub_model_that_was_never_downloaded_is_an_os_error_when_offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     with pytest.raises(OSError, match=r"offline|cached|local"):
         open_encoder(spec(f"hub:tests/never-downloaded@{COMMIT}"))
 

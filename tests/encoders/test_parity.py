@@ -263,8 +263,8 @@ def test_a_packed_forward_that_disagrees_is_not_used(
         def __call__(self, packed: Packed) -> Vectors:
             return super().__call__(Packed(ids=packed.ids[::-1].copy(), lengths=packed.lengths))
 
-    monkeypatch.setattr(loading, "PackedForward", Mistaken)
     right = subjects.open("bert-mean", "float32")
+    monkeypatch.setattr(loading, "PackedForward", Mistaken)
     encoder = opened(str(subjects.folder("bert-mean")), "float32")
     assert "serving padded batches" in caplog.text
     assert worst(encoder.encode(right.tokenizer(TEXTS).packed), right.expected) >= 0.999999

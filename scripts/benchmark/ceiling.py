@@ -43,7 +43,9 @@ class Ceiling:
     def __init__(self, entry: dict[str, Any], environment: dict[str, str]) -> None:
         """entry: the `args` of the model's application. environment: what its replicas get."""
         self._entry = {**entry, "unit_tokens": UNIT_TOKENS}
-        self._environment = {**environment, "TOKENIZERS_PARALLELISM": "true"}  # here, nobody else tokenizes
+        # One OpenMP pool spins long at its barriers: two to three times the CPU as soon as anything else wants a core.
+        # Replicas are spared that (they have two pools: one loads, one encodes), so this process is, too.
+        self._environment = {"GOMP_SPINCOUNT": "1000", **environment, "TOKENIZERS_PARALLELISM": "true"}
         self._pool = ProcessPoolExecutor(
             1, multiprocessing.get_context("spawn"), signal.signal, (signal.SIGINT, signal.SIG_IGN)
         )

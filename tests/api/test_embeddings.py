@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import base64
 import json
+import logging
 import re
 from collections.abc import AsyncIterator, Iterator, Sequence
 from contextlib import contextmanager
@@ -405,9 +406,10 @@ async def test_a_body_of_another_type_is_not_read_at_all(edge_app: ASGIApp) -> N
     assert caller.read == 0
 
 
-async def test_a_caller_who_hangs_up_breaks_nothing(edge_app: ASGIApp) -> None:
+async def test_a_caller_who_hangs_up_breaks_nothing(edge_app: ASGIApp, caplog: pytest.LogCaptureFixture) -> None:
     caller = Caller([b'{"model": '], then={"type": "http.disconnect"})
     assert await caller.call(edge_app) == 499  # in the access log; the caller is gone
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 async def test_chunked_bodies_pass_through_a_client(edge_app: ASGIApp) -> None:

@@ -241,10 +241,9 @@ def other_pooling(folder: Path) -> None:
 
 def other_tokenizer(folder: Path) -> None:
     tokenizer = json.loads((folder / "tokenizer.json").read_text())
-    tokenizer["normalizer"]["handle_chinese_chars"] = False
+    vocabulary = tokenizer["model"]["vocab"]
+    vocabulary["a"], vocabulary["b"] = vocabulary["b"], vocabulary["a"]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    settings = json.loads((folder / "tokenizer_config.json").read_text())
-    (folder / "tokenizer_config.json").write_text(json.dumps({**settings, "tokenize_chinese_chars": False}))
 
 
 def other_number_of_heads(folder: Path) -> None:

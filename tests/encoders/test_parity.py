@@ -209,6 +209,16 @@ def test_token_ids_are_those_of_sentence_transformers(subjects: Subjects, model:
 
 
 @pytest.mark.parametrize("model", EVERY_MODEL)
+@pytest.mark.parametrize("token", ["<pad>", "[PAD]", "<mask>", "[MASK]", "<s>"])
+def test_a_text_that_quotes_a_special_token_agrees(subjects: Subjects, model: str, token: str) -> None:
+    """RoBERTa and its kin do not count positions at padding tokens, not even at one that a text holds."""
+    subject = subjects.open(model, "float32")
+    texts = [f"ba ce {token} di fo gu", f"{token} la me", f"ni po{token}{token}"]
+    expected = subject.judge.encode(texts, normalize_embeddings=True, show_progress_bar=False)
+    assert worst(subject.encode(texts), expected) >= 0.999999
+
+
+@pytest.mark.parametrize("model", EVERY_MODEL)
 def test_a_text_is_cut_where_sentence_transformers_cuts_it(subjects: Subjects, model: str) -> None:
     subject = subjects.open(model, "float32")
     words = prose(1_000, random.Random(11))

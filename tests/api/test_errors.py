@@ -14,6 +14,8 @@ from typing import Any
 
 import httpx2 as httpx
 import pytest
+from opentelemetry.sdk._logs import LoggerProvider
+from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
 
 from serve_app.api import build_app
 from serve_app.core.catalog import SizeClass
@@ -553,6 +555,17 @@ async def test_an_unhandled_exception_is_logged_under_the_request_id(caplog: pyt
     (row,) = (row for row in TABLE if row.title == "a tokenizer that breaks")
     await answer_to(row)
     assert "request request-of-a-test: ValueError" in caplog.text
+
+
+async def test_telemetry_that_an_operator_turns_on_does_not_carry_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
+    """FastAPI hands unhandled exceptions to OpenTelemetry's logs, in the exception's own words, unless told not to."""
+    records = InMemoryLogRecordExporter()
+    provider = LoggerProvider()
+    provider.add_log_record_processor(SimpleLogRecordProcessor(records))
+    monkeypatch.setattr("opentelemetry._logs._internal._LOGGER_PROVIDER", provider)  # can be set but once, really
+    (row,) = (row for row in TABLE if row.title == "a tokenizer that breaks")
+    await answer_to(row)
+    assert MARKER not in str([data.log_record.to_json() for data in records.get_finished_logs()])
 
 
 @pytest.mark.parametrize(

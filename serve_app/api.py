@@ -48,6 +48,7 @@ def build_app(service: Service, *, max_body_bytes: int, lifespan: Lifespan | Non
         version="1",
         lifespan=lifespan,
         redirect_slashes=False,
+        telemetry={"logs": False},  # else an unhandled exception goes to OpenTelemetry, in its own words
     )
     app.state.service = service
     app.state.max_body_bytes = max_body_bytes
@@ -71,12 +72,16 @@ def build_app(service: Service, *, max_body_bytes: int, lifespan: Lifespan | Non
 
 async def embeddings(request: Request) -> Response:
     """One vector per text, L2-normalised, in the order of `input`."""
-    return _json(await _service(request).embed(_call(request), await _body(request)))
+    service = _service(request)
+    async with service.deadline():
+        return _json(await service.embed(_call(request), await _body(request)))
 
 
 async def tokenize(request: Request) -> Response:
     """The tokens that `/v1/embeddings` would bill for the same input. Free."""
-    return _json(await _service(request).tokenize(_call(request), await _body(request)))
+    service = _service(request)
+    async with service.deadline():
+        return _json(await service.tokenize(_call(request), await _body(request)))
 
 
 async def list_models(request: Request) -> Response:

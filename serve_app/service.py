@@ -65,37 +65,40 @@ class Service:
         self._models = models
         self._request_timeout_s = request_timeout_s
 
+    @asynccontextmanager
+    async def deadline(self) -> AsyncIterator[None]:
+        """Around a whole request, its body's arrival included. Raises RequestTimeout; what was begun is dropped."""
+        try:
+            async with asyncio.timeout(self._request_timeout_s):
+                yield
+        except TimeoutError:
+            raise RequestTimeout(f"No answer within {self._request_timeout_s:g} s; the work was dropped.") from None
+
     # A key is checked, its rate charged and a replay looked up between these steps once the service has keys: before
     # `parse` (key, rate) and before `_tokenize` (replay). Settling the bill is the step after `_encode`.
 
     async def embed(self, call: Call, body: bytes) -> bytes:
         """`POST /v1/embeddings`: the response's body."""
-        async with self._deadline():
-            request = schema.parse(schema.EmbeddingsRequest, body)
-            model = self._resolve(call, request.model)
-            dimensions = check_dimensions(model.card, request.dimensions)
-            tokenized = await self._tokenize(call, model, request.input)
-            check_tokens(model.card, tokenized.packed.tokens)
-            encoded = await self._encode(call, model, tokenized)
-            return vectors.render(
-                vectors.cut(encoded.vectors, dimensions),
-                model=model.card.name,
-                usage=tokenized.usage(),
-                encoding_format=request.encoding_format,
-            )
+        request = schema.parse(schema.EmbeddingsRequest, body)
+        model = self._resolve(call, request.model)
+        dimensions = check_dimensions(model.card, request.dimensions)
+        tokenized = await self._tokenize(call, model, request.input)
+        check_tokens(model.card, tokenized.packed.tokens)
+        encoded = await self._encode(call, model, tokenized)
+        return vectors.render(
+            vectors.cut(encoded.vectors, dimensions),
+            model=model.card.name,
+            usage=tokenized.usage(),
+            encoding_format=request.encoding_format,
+        )
 
     async def tokenize(self, call: Call, body: bytes) -> dict[str, Any]:
         """`POST /v1/tokenize`: the exact billable count, before sending."""
-        async with self._deadline():
-            request = schema.parse(schema.TokenizeRequest, body)
-            model = self._resolve(call, request.model)
-            tokenized = await self._tokenize(call, model, request.input)
-            return {
-                "object": "list",
-                "data": tokenized.counts(),
-                "model": model.card.name,
-                "usage": tokenized.usage(),
-            }
+        request = schema.parse(schema.TokenizeRequest, body)
+        model = self._resolve(call, request.model)
+        tokenized = await self._tokenize(call, model, request.input)
+        counts, usage = tokenized.counts(), tokenized.usage()
+        return {"object": "list", "data": counts, "model": model.card.name, "usage": usage}
 
     def list_models(self) -> dict[str, Any]:
         """`GET /v1/models`."""
@@ -130,14 +133,6 @@ class Service:
         encoded = await model.encode(tokenized.packed)
         call.queue_s, call.compute_s = encoded.queue_s, encoded.compute_s
         return encoded
-
-    @asynccontextmanager
-    async def _deadline(self) -> AsyncIterator[None]:
-        try:
-            async with asyncio.timeout(self._request_timeout_s):
-                yield
-        except TimeoutError:
-            raise RequestTimeout(f"No answer within {self._request_timeout_s:g} s; the work was dropped.") from None
 
 
 def _model(card: ModelCard, id: str) -> dict[str, Any]:

@@ -28,7 +28,7 @@ from serve_app.core.errors import (
 )
 from serve_app.core.settings import nearest
 
-_ESCAPED_ASCII = re.compile(rb"\\u00[2-7]")
+_ESCAPED_LETTER = re.compile(rb"\\u00([46][1-9a-f]|[57][0-9a]|5f)", re.IGNORECASE)
 TOKEN_IDS_MESSAGE = (
     "Token ids are not accepted: they belong to one tokenizer's vocabulary, and this model's is another. Send strings. "
     "LangChain's OpenAIEmbeddings sends ids by default: pass check_embedding_ctx_length=False."
@@ -230,7 +230,7 @@ def _check_names(kind: type[_Request], fields: Mapping[str, Any]) -> None:
 
 def _check_duplicates(body: bytes, fields: Iterable[str]) -> None:
     """The slow look is taken only where a name stands twice, though perhaps in a text, or may be spelt in escapes."""
-    if any(body.count(b'"%b"' % name.encode()) > 1 for name in fields) or _ESCAPED_ASCII.search(body):
+    if any(body.count(b'"%b"' % name.encode()) > 1 for name in fields) or _ESCAPED_LETTER.search(body):
         try:
             json.loads(body, object_pairs_hook=_refuse_duplicates)
         except RecursionError:

@@ -150,7 +150,7 @@ class LiveModels:
     def resolve(self, name: str) -> LiveModel:
         deployed = self._names.get(name.lower())
         if deployed is None:
-            guess = nearest(name, self._names)
+            guess = nearest(name[:64], self._names)
             hint = did_you_mean(self._names[guess].id if guess else None)
             raise ModelNotFound(f"There is no model {shown(name)} here.{hint}", param="model")
         if deployed.model is not None:

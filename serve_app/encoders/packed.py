@@ -94,7 +94,7 @@ class PackedForward:
         offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         ids, positions = np.zeros((2, rows), np.int64)
         ids[:total] = packed.ids[np.repeat(starts, lengths) + offsets]
-        positions[:total] = offsets
+        positions[:total] = self._positions(ids[:total], lengths, offsets)
         buckets = self._buckets(lengths)
         hidden = self._transformer(
             input_ids=self._tensor(ids)[None],
@@ -106,6 +106,17 @@ class PackedForward:
         vectors = np.empty(pooled.shape, np.float32)
         vectors[order] = pooled.cpu().numpy()
         return vectors
+
+    def _positions(
+        self, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]
+    ) -> np.ndarray[Any, Any]:
+        """Of each token in its sequence. RoBERTa and its kin skip padding tokens: a text may quote one."""
+        padding = ids == self._first_position - 1
+        if not padding.any():
+            return offsets
+        skipped = np.cumsum(padding)
+        before = np.repeat((skipped - padding)[np.cumsum(lengths) - lengths], lengths)
+        return np.where(padding, -1, offsets - (skipped - before))
 
     def _buckets(self, lengths: np.ndarray[Any, np.dtype[np.int32]]) -> list[Bucket]:
         buckets, start = [], 0

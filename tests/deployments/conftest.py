@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -98,6 +99,8 @@ class LiveServer:
 
     def start(self) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | self._env
+        # A background job of a script ignores SIGINT, and what it starts would, too.
+        signal.signal(signal.SIGINT, signal.default_int_handler)
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
                 ["serve", "run", str(self.config(self.models))],
@@ -120,6 +123,7 @@ class LiveServer:
             left = [process for process in left if process.is_running()]
             for process in left:
                 process.kill()
+        shutil.rmtree(self._run, ignore_errors=True)
         assert not left, f"still running after Ctrl-C: {left}"
 
     def processes(self) -> list[psutil.Process]:

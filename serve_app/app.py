@@ -44,7 +44,7 @@ def model(spec: ModelSpec) -> Application:
     """One model's replica group. Its application has `route_prefix: null`: requests reach it through the ingress."""
     scaling = AutoscalingConfig(
         min_replicas=spec.replicas.min,
-        initial_replicas=max(1, spec.replicas.min),
+        initial_replicas=None if spec.replicas.min else 1,  # one loads even of a model that may sleep, to be checked
         max_replicas=spec.replicas.max,
         target_ongoing_requests=spec.replicas.target_units,
         upscale_delay_s=spec.replicas.upscale_delay_s,

@@ -167,7 +167,9 @@ class Dispatcher:
             self._rate.departed(time.perf_counter())
 
     def _next(self, lane: _Lane, done: asyncio.Task[None]) -> None:
-        del lane.under_way[done]
+        spans = lane.under_way.pop(done)
+        if done.cancelled():  # by _leave, and then nobody is left; or by whoever had the unit
+            self._fail(spans, InternalError("The model dropped this request."))
         self._rate.landed(time.perf_counter())
         self._pump(lane)
 

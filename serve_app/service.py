@@ -109,9 +109,9 @@ class Service:
         return _model(self._resolve(call, name).card, name)
 
     def readiness(self) -> dict[str, Any]:
-        """`GET /ready`: ready = at least one model is deployed, and every one answered its self-test."""
+        """`GET /ready`: ready = at least one model is deployed, and every one answered its self-test or sleeps."""
         states = self._models.states()
-        ready = bool(states) and all(state.state == "ready" for state in states.values())
+        ready = bool(states) and all(state.state in ("ready", "asleep") for state in states.values())
         return {
             "status": "ready" if ready else "not_ready",
             "models": {id: state.model_dump() for id, state in states.items()},

@@ -1,7 +1,7 @@
 """The wire: bodies in, and the shapes that the OpenAPI page shows.
 
-`parse_*` turn bytes into one canonical, frozen request: defaults filled in, a single string the same as a list of one.
-Whatever is wrong raises an error of `errors.py`; limits that depend on the model are `limits`' and `service.py`'s.
+`parse` turns bytes into one canonical, frozen request: defaults filled in, a single string the same as a list of one.
+Whatever is wrong raises an error of `errors.py`; limits that depend on the model are `catalog.py`'s.
 """
 
 from __future__ import annotations

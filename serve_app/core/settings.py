@@ -40,7 +40,7 @@ class Scaling(StrictModel):
 
     min: Annotated[int, Field(ge=0)] = 1
     max: Annotated[int, Field(ge=1)] = 1
-    target_units: Annotated[float, Field(gt=0)] = 3.0  # two in flight keep a replica busy; a third means it lags
+    target_units: Annotated[float, Field(gt=0)] = 1.5  # an ingress with work to do keeps two units at each replica
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
 

@@ -23,7 +23,7 @@ from serve_app.deployments.gate import Gate
 from serve_app.dispatch import Unit, UnitReply
 from serve_app.encoders import Encoder, open_encoder
 
-STUCK_S = 120.0  # no batch takes this long: the largest is seconds even for a 7B model on a CPU
+STUCK_S = 600.0  # far beyond any batch that callers still wait for: their deadline is two minutes
 MAX_UNITS_AT_A_REPLICA = 64  # two units a lane from each of 16 ingress replicas; Serve's default of 5 would be one
 
 logger = logging.getLogger(__name__)

@@ -28,6 +28,7 @@ class IngressReplica:
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
+            await models.start()
             watch = asyncio.create_task(models.watch())
             yield
             watch.cancel()

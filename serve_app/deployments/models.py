@@ -10,18 +10,18 @@ import asyncio
 import logging
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 
 from ray import serve
 from ray.exceptions import RayActorError
-from ray.serve.exceptions import DeploymentUnavailableError, RayServeException
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState, ServeStatus
 
 from serve_app.core.catalog import ModelCard, names_in
-from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, shown
+from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound, did_you_mean, shown
 from serve_app.core.packing import Packed
 from serve_app.core.schema import ModelState
 from serve_app.core.settings import nearest
@@ -32,23 +32,29 @@ from serve_app.encoders.tokenizer import Tokenizer, join
 from serve_app.service import LiveModel
 
 REFRESH_S = 1.0
+START_S = 10.0  # what a new ingress replica waits for the models' cards before it takes requests
 SHORT_CHARACTERS = 4_096  # a request this short has a tokenizing thread of its own
-SLICE_CHARACTERS = 32_768  # one turn in a tokenizing thread, about 20 ms: what one long request may delay another
+SLICE_CHARACTERS = 32_768  # one turn in a tokenizing thread, about 20 ms; a longer text has a thread apart
 
 logger = logging.getLogger(__name__)
 
 
 class Threads:
-    """Where tokenizing runs: a short text never waits behind a long one."""
+    """Where tokenizing runs: a short request never waits behind a long one, nor that behind one endless text."""
 
     def __init__(self) -> None:
         self._short = ThreadPoolExecutor(1, thread_name_prefix="tokenize-short")
         self._long = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2), thread_name_prefix="tokenize-long")
+        self._endless = ThreadPoolExecutor(1, thread_name_prefix="tokenize-endless")
 
     async def tokenize(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenized:
-        thread = self._short if sum(map(len, texts)) <= SHORT_CHARACTERS else self._long
-        loop = asyncio.get_running_loop()
-        return join([await loop.run_in_executor(thread, tokenizer, piece) for piece in _slices(texts)])
+        loop, short = asyncio.get_running_loop(), sum(map(len, texts)) <= SHORT_CHARACTERS
+        parts = []
+        for piece in _slices(texts):
+            endless = len(piece) == 1 and len(piece[0]) > SLICE_CHARACTERS  # it cannot be sliced: its count is exact
+            thread = self._endless if endless else self._short if short else self._long
+            parts.append(await loop.run_in_executor(thread, tokenizer, piece))
+        return join(parts)
 
 
 def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -66,10 +72,17 @@ class Ready:
     """A model that answers: see `service.LiveModel`."""
 
     def __init__(
-        self, handle: DeploymentHandle, description: Description, threads: Threads, *, max_pending_tokens: int
+        self,
+        handle: DeploymentHandle,
+        description: Description,
+        threads: Threads,
+        *,
+        is_deployed: Callable[[], Awaitable[bool]],
+        max_pending_tokens: int,
     ) -> None:
         card = self.card = description.card
         self._handle = handle
+        self._is_deployed = is_deployed
         self._tokenizer = Tokenizer(description.tokenizer_json, card.max_tokens)
         self._threads = threads
         self.stale = False
@@ -89,27 +102,32 @@ class Ready:
         return await self.dispatcher.encode(packed)
 
     async def _send(self, unit: Unit) -> UnitReply:
-        """To a replica that Serve chooses. Encoding is pure: what a dying replica lost is sent once more."""
+        """To a replica that Serve chooses. Encoding is pure: what one replica could not do, another is asked once."""
         try:
-            try:
-                return await self._call(unit)
-            except RayActorError:
-                return await self._call(unit)
+            return await self._call(unit)
+        except (RayActorError, OtherFingerprint) as error:
+            self.stale = self.stale or isinstance(error, OtherFingerprint)
+        try:
+            return await self._call(unit)
+        except RayActorError:
+            raise InternalError("Two replicas of the model died with this request.") from None
         except OtherFingerprint:
-            self.stale = True
             raise ModelLoading(f"{self.card.name} is being replaced.", retry_after_s=REFRESH_S) from None
-        except (DeploymentUnavailableError, RayServeException):
-            self.stale = True
-            raise ModelNotFound(f"{self.card.name} is not served any more.", param="model") from None
 
     async def _call(self, unit: Unit) -> UnitReply:
         response = self._handle.encode.remote(unit)
         try:
             reply: UnitReply = await response
-            return reply
         except asyncio.CancelledError:
             response.cancel()  # nobody waits for it: it leaves the replica's gate, too
             raise
+        except BackPressureError as error:
+            raise AtCapacity("The model's replicas are full.", retry_after_s=error.retry_after_s or 1.0) from None
+        except DeploymentUnavailableError:
+            if await self._is_deployed():
+                raise ModelLoading(f"{self.card.name} is not up.", param="model", retry_after_s=REFRESH_S) from None
+            raise ModelNotFound(f"{self.card.name} is not served any more.", param="model") from None
+        return reply
 
 
 @dataclass(slots=True, kw_only=True)
@@ -120,11 +138,11 @@ class _Deployed:
     id: str
     name: str
     status: ApplicationStatus = ApplicationStatus.NOT_STARTED
-    deployed_at: float = 0.0
+    version: tuple[float, bool] = (0.0, False)  # when it was deployed last, and whether that is done
     replicas: int = 0
     model: Ready | None = None
-    described_at: float = 0.0  # the `deployed_at` that `model` belongs to
-    loading_since_s: float = field(default_factory=time.monotonic)
+    described: tuple[float, bool] | None = None  # the `version` that `model` belongs to
+    loading_since_s: float | None = None  # None: nobody saw it load
     asking: asyncio.Task[None] | None = None
 
     @property
@@ -143,11 +161,13 @@ class LiveModels:
     def __init__(self, *, max_pending_tokens: int) -> None:
         self._max_pending_tokens = max_pending_tokens
         self._threads = Threads()
-        self._apps: dict[str, _Deployed] = {}
+        self._apps: dict[str, _Deployed] | None = None  # None: Serve has not been heard yet
         self._names: dict[str, _Deployed] = {}  # lower case id or canonical name
         self._load_s: dict[str, float] = {}  # measured, by id
 
     def resolve(self, name: str) -> LiveModel:
+        if self._apps is None:
+            raise ModelLoading("The service is starting.", param="model", retry_after_s=REFRESH_S)
         deployed = self._names.get(name.lower())
         if deployed is None:
             guess = nearest(name[:64], self._names)
@@ -156,12 +176,12 @@ class LiveModels:
         if deployed.model is not None:
             return deployed.model
         if deployed.state == "asleep":
-            self._ask(deployed)  # a request is what wakes it
+            self._wake(deployed)
         what = "failed to start" if deployed.state == "failed" else "is loading"
         raise ModelLoading(f"{deployed.name} {what}.", param="model", retry_after_s=self._load_left_s(deployed))
 
     def cards(self) -> list[ModelCard]:
-        return [deployed.model.card for deployed in self._apps.values() if deployed.model is not None]
+        return [deployed.model.card for deployed in (self._apps or {}).values() if deployed.model is not None]
 
     def states(self) -> dict[str, ModelState]:
         return {
@@ -170,80 +190,109 @@ class LiveModels:
                 replicas=deployed.replicas,
                 pending_sequences=deployed.model.dispatcher.pending_sequences if deployed.model else 0,
             )
-            for deployed in self._apps.values()
+            for deployed in (self._apps or {}).values()
         }
 
-    async def watch(self) -> None:
-        """For ever: ask Serve, once a second. Serve not answering changes nothing that is known."""
-        while True:
-            try:
-                self._learn(await asyncio.to_thread(serve.status))
-            except Exception as error:
-                logger.warning("Serve's status cannot be read now: %s", type(error).__name__)
-            await asyncio.sleep(REFRESH_S)
+    async def start(self) -> None:
+        """Before the first request: what is deployed, and the cards of what runs, if they come soon."""
+        await self._refresh()
+        if asking := [deployed.asking for deployed in (self._apps or {}).values() if deployed.asking]:
+            await asyncio.wait(asking, timeout=START_S)
 
-    def _learn(self, status: ServeStatus) -> None:
-        apps: dict[str, _Deployed] = {}
+    async def watch(self) -> None:
+        """For ever: ask Serve, once a second."""
+        while True:
+            await asyncio.sleep(REFRESH_S)
+            await self._refresh()
+
+    async def _refresh(self) -> None:
+        """Serve not answering changes nothing that is known."""
+        try:
+            self.learn(await asyncio.to_thread(serve.status))
+        except Exception as error:
+            logger.warning("Serve's status cannot be read now: %s", type(error).__name__)
+
+    def learn(self, status: ServeStatus) -> None:
+        """What Serve says is deployed now. A model that is known stays known while Serve rebuilds its application."""
+        before, apps = self._apps or {}, dict[str, _Deployed]()
         for app, overview in sorted(status.applications.items()):
             if overview.status == ApplicationStatus.DELETING:
                 continue
-            if overview.status == ApplicationStatus.DEPLOY_FAILED and not overview.deployments:
-                apps[app] = self._update(app, (app, app), overview, replicas=0)  # its entry was refused: no names
-            for deployment, detail in overview.deployments.items():
-                if names := names_in(deployment):
-                    replicas = detail.replica_states.get(ReplicaState.RUNNING, 0)
-                    apps[app] = self._update(app, names, overview, replicas=replicas)
-        self._apps = apps
+            found = [(names_in(name), detail) for name, detail in overview.deployments.items()]
+            for names, detail in found:
+                if names:
+                    known = before.get(app)
+                    same = known is not None and (known.id, known.name) == names
+                    apps[app] = known if known and same else _Deployed(app=app, id=names[0], name=names[1])
+                    apps[app].replicas = detail.replica_states.get(ReplicaState.RUNNING, 0)
+            if not found and app in before:
+                apps[app] = before[app]  # being rebuilt, or refused: the replicas that run go on
+            if app in apps:
+                self._update(apps[app], overview)
+        self._apps, names_before = apps, self._names
         self._names = {}
         for deployed in apps.values():
             for name in (deployed.id.lower(), deployed.name.lower()):
-                if self._names.setdefault(name, deployed) is not deployed:
-                    other = self._names[name]
-                    logger.warning("%s is served by application %s; %s is ignored", name, other.app, deployed.app)
+                holder = self._names.setdefault(name, deployed)
+                if holder is not deployed and names_before.get(name) is not holder:
+                    logger.warning("%s is served by application %s; %s is ignored", name, holder.app, deployed.app)
 
-    def _update(
-        self, app: str, names: tuple[str, str], overview: ApplicationStatusOverview, *, replicas: int
-    ) -> _Deployed:
-        deployed = self._apps.get(app)
-        if deployed is None or (deployed.id, deployed.name) != names:
-            deployed = _Deployed(app=app, id=names[0], name=names[1])
-        deployed.status, deployed.deployed_at = overview.status, overview.last_deployed_time_s
-        deployed.replicas = replicas
+    def _update(self, deployed: _Deployed, overview: ApplicationStatusOverview) -> None:
+        deployed.status = overview.status
+        deployed.version = (overview.last_deployed_time_s, overview.status == ApplicationStatus.RUNNING)
         if deployed.model is not None:
             deployed.model.dispatcher.replicas = deployed.replicas
-        running = overview.status == ApplicationStatus.RUNNING and deployed.replicas
-        known = deployed.model and not deployed.model.stale and deployed.described_at == deployed.deployed_at
-        if running and not known:
+        if not deployed.replicas:
+            if deployed.status != ApplicationStatus.RUNNING:
+                deployed.loading_since_s = deployed.loading_since_s or time.monotonic()
+        elif deployed.model is None or deployed.model.stale or deployed.described != deployed.version:
             self._ask(deployed)
-        return deployed
+
+    def _wake(self, deployed: _Deployed) -> None:
+        """A call is what makes Serve start a first replica."""
+        deployed.loading_since_s = deployed.loading_since_s or time.monotonic()
+        self._ask(deployed)
 
     def _ask(self, deployed: _Deployed) -> None:
         if deployed.asking is None or deployed.asking.done():
-            deployed.asking = asyncio.create_task(self._describe(deployed))
+            deployed.asking = asyncio.get_running_loop().create_task(self._describe(deployed))
 
     async def _describe(self, deployed: _Deployed) -> None:
         """Card and tokenizer, from any replica. By reference: a tokenizer may be larger than a message may."""
-        deployed_at, watched = deployed.deployed_at, deployed.model is None
+        version = deployed.version
         try:
             handle = await asyncio.to_thread(serve.get_app_handle, deployed.app)
-            description = await handle.options(_by_reference=True).describe.remote()
-            model = await asyncio.to_thread(
-                Ready, handle, description, self._threads, max_pending_tokens=self._max_pending_tokens
-            )
+            description: Description = await handle.options(_by_reference=True).describe.remote()
+            if deployed.model is None or not _same(deployed.model.card, description.card):
+                deployed.model = await asyncio.to_thread(self._open, deployed, handle, description)
+                deployed.model.dispatcher.replicas = deployed.replicas
         except Exception as error:  # it went, or broke: the next status tells, and asks again if need be
             logger.warning("%s did not describe itself: %s", deployed.id, type(error).__name__)
             return
-        same = deployed.model is not None and deployed.model.card.fingerprint == model.card.fingerprint
-        if not same or deployed.model is None:
-            model.dispatcher.replicas = deployed.replicas
-            deployed.model = model
-        else:
-            deployed.model.stale = False
-        deployed.described_at = deployed_at
-        if watched:
+        deployed.model.stale, deployed.described = False, version
+        if deployed.loading_since_s is not None:
             self._load_s[deployed.id] = time.monotonic() - deployed.loading_since_s
+            deployed.loading_since_s = None
+
+    def _open(self, deployed: _Deployed, handle: DeploymentHandle, description: Description) -> Ready:
+        async def is_deployed() -> bool:
+            await self._refresh()
+            return deployed.app in (self._apps or {})
+
+        return Ready(
+            handle,
+            description,
+            self._threads,
+            is_deployed=is_deployed,
+            max_pending_tokens=self._max_pending_tokens,
+        )
 
     def _load_left_s(self, deployed: _Deployed) -> float:
         """From how long it took last time; the first time, as long again as it has been loading."""
-        passed_s = time.monotonic() - deployed.loading_since_s
+        passed_s = time.monotonic() - (deployed.loading_since_s or time.monotonic())
         return max(1.0, self._load_s.get(deployed.id, 2 * passed_s) - passed_s)
+
+
+def _same(one: ModelCard, other: ModelCard) -> bool:
+    """The same model under the same limits, whichever replica told."""
+    return replace(one, created=other.created) == other

@@ -25,7 +25,7 @@ class Encoder(Protocol):
     def encode(self, packed: Packed) -> Vectors:
         """float32 [sequences, native dimensions], unit length, finite; the same whatever shares the batch.
 
-        Blocking, for one thread at a time. Raises MemoryError when the device has too little, else RuntimeError.
+        Blocking, for one thread at a time. Raises RuntimeError, or MemoryError when a GPU has too little.
         """
         ...
 

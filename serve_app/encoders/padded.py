@@ -35,5 +35,9 @@ class PaddedForward:
         for row, sequence in enumerate(sequences):
             ids[row, : len(sequence)], mask[row, : len(sequence)] = sequence, 1
         features = {"input_ids": torch.from_numpy(ids), "attention_mask": torch.from_numpy(mask)}
-        output = self._model({name: tensor.to(self._model.device) for name, tensor in features.items()})
-        return functional.normalize(output["sentence_embedding"].float()).cpu()
+        transformer, *head = self._model
+        output = transformer({name: tensor.to(self._model.device) for name, tensor in features.items()})
+        output["token_embeddings"] = output["token_embeddings"].float()  # the heads are kept in float32
+        for module in head:
+            output = module(output)
+        return functional.normalize(output["sentence_embedding"]).cpu()

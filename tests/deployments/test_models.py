@@ -1,0 +1,213 @@
+from __future__ import annotations
+
+import asyncio
+from dataclasses import replace
+from typing import Any, cast
+
+import pytest
+from ray.exceptions import RayActorError
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.serve.schema import (
+    ApplicationStatus,
+    ApplicationStatusOverview,
+    DeploymentStatusOverview,
+    ReplicaState,
+    ServeStatus,
+)
+
+from serve_app.core.catalog import ModelCard, ModelSpec, SizeClass, deployment_name
+from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound, ServiceError
+from serve_app.core.packing import Packed
+from serve_app.deployments.encoder import Description, OtherFingerprint
+from serve_app.deployments.models import LiveModels, Ready, Threads
+from serve_app.dispatch import Unit, UnitReply
+from tests.service.fakes import bundled_tokenizer_json
+
+RUNNING, DEPLOYING = ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING
+SPEC = ModelSpec.model_validate({"id": "small", "name": "Org/Small", "source": "/models/small", "class": "small"})
+CARD = ModelCard(
+    id="small",
+    name="Org/Small",
+    size_class=SizeClass.SMALL,
+    native_dimensions=4,
+    other_dimensions=(),
+    max_tokens=64,
+    unit_tokens=256,
+    dtype="float32",
+    created=1,
+    fingerprint="one",
+)
+
+
+def app(status: ApplicationStatus, replicas: int | None, *, at: float = 1.0) -> ApplicationStatusOverview:
+    """An application of SPEC; replicas None = Serve tells no deployments, as while it rebuilds one."""
+    detail: Any = DeploymentStatusOverview.__new__(DeploymentStatusOverview)
+    object.__setattr__(detail, "replica_states", {ReplicaState.RUNNING: replicas or 0})
+    deployments = {} if replicas is None else {deployment_name(SPEC): detail}
+    return ApplicationStatusOverview(status=status, message="", last_deployed_time_s=at, deployments=deployments)
+
+
+def status(**apps: ApplicationStatusOverview) -> ServeStatus:
+    return ServeStatus(applications=apps)
+
+
+class Handle:
+    """Answers `describe` with a card, and `encode` with what is queued up for it."""
+
+    def __init__(self, card: ModelCard) -> None:
+        self.card, self.asked, self.outcomes = card, 0, list[Exception]()
+        self.describe = self.encode = self
+
+    def options(self, **_: Any) -> Handle:
+        return self
+
+    def remote(self, unit: Unit | None = None) -> Any:
+        return self._describe() if unit is None else self._encode()
+
+    async def _describe(self) -> Description:
+        self.asked += 1
+        return Description(card=self.card, tokenizer_json=bundled_tokenizer_json())
+
+    async def _encode(self) -> UnitReply:
+        self.asked += 1
+        raise self.outcomes.pop(0)
+
+
+@pytest.fixture
+def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
+    handle = Handle(CARD)
+    monkeypatch.setattr("ray.serve.get_app_handle", lambda _: handle)
+    return handle
+
+
+@pytest.fixture
+def live(handle: Handle) -> LiveModels:
+    return LiveModels(max_pending_tokens=1000)
+
+
+async def learn(live: LiveModels, **apps: ApplicationStatusOverview) -> None:
+    live.learn(status(**apps))
+    while others := asyncio.all_tasks() - {cast("asyncio.Task[Any]", asyncio.current_task())}:
+        await asyncio.wait(others)
+
+
+def refusal(live: LiveModels, name: str) -> ServiceError:
+    with pytest.raises(ServiceError) as refused:
+        live.resolve(name)
+    return refused.value
+
+
+def test_before_serve_was_heard_a_model_is_loading_rather_than_unknown(live: LiveModels) -> None:
+    assert isinstance(refusal(live, "small"), ModelLoading)
+
+
+async def test_a_running_model_answers_to_both_its_names(live: LiveModels) -> None:
+    await learn(live, a=app(RUNNING, 1))
+    assert live.resolve("SMALL").card == live.resolve("org/small").card == CARD
+    assert isinstance(refusal(live, "smal"), ModelNotFound)
+    assert "Did you mean 'small'" in refusal(live, "smal").message
+
+
+async def test_a_model_with_a_replica_answers_before_its_application_is_done(live: LiveModels) -> None:
+    await learn(live, a=app(ApplicationStatus.UNHEALTHY, 2))
+    assert live.resolve("small").card == CARD
+
+
+async def test_a_loading_model_says_so_and_for_how_long(live: LiveModels, monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [100.0]
+    monkeypatch.setattr("serve_app.deployments.models.time.monotonic", lambda: now[0])
+    live.learn(status(a=app(DEPLOYING, 0)))
+    now[0] += 8
+    refused = refusal(live, "Org/Small")
+    assert isinstance(refused, ModelLoading)
+    assert refused.retry_after_s == 8
+    assert live.states()["small"].state == "loading"
+
+
+async def test_a_known_model_stays_while_serve_rebuilds_its_application(live: LiveModels) -> None:
+    await learn(live, a=app(RUNNING, 2))
+    for state in (DEPLOYING, ApplicationStatus.DEPLOY_FAILED):
+        await learn(live, a=app(state, None, at=2.0))
+        assert live.resolve("small").card == CARD
+        assert live.states()["small"].state == "ready"
+
+
+async def test_a_deleted_model_is_unknown_at_once(live: LiveModels) -> None:
+    await learn(live, a=app(RUNNING, 1))
+    await learn(live, a=app(ApplicationStatus.DELETING, 1))
+    assert isinstance(refusal(live, "small"), ModelNotFound)
+    assert live.states() == {}
+
+
+async def test_applications_without_an_encoder_are_none_of_its_business(live: LiveModels) -> None:
+    other = app(RUNNING, 1)
+    other.deployments["ingress"] = other.deployments.pop(deployment_name(SPEC))
+    await learn(live, ingress=other, broken=app(ApplicationStatus.DEPLOY_FAILED, None))
+    assert live.states() == {}
+
+
+async def test_a_card_is_asked_for_again_only_after_a_change(live: LiveModels, handle: Handle) -> None:
+    for _ in range(3):
+        await learn(live, a=app(RUNNING, 1))
+    assert handle.asked == 1
+    first = live.resolve("small")
+    await learn(live, a=app(RUNNING, 1, at=2.0))
+    assert handle.asked == 2
+    assert live.resolve("small") is first  # the same card: its queue goes on
+
+
+@pytest.mark.parametrize("change", [{"size_class": SizeClass.XL}, {"other_dimensions": (2,)}, {"fingerprint": "two"}])
+async def test_a_changed_card_takes_the_place_of_the_old(
+    live: LiveModels, handle: Handle, change: dict[str, Any]
+) -> None:
+    await learn(live, a=app(RUNNING, 1))
+    await learn(live, a=app(DEPLOYING, 1, at=2.0))  # an old replica answers still
+    handle.card = replace(CARD, **change)
+    await learn(live, a=app(RUNNING, 1, at=2.0))
+    assert live.resolve("small").card == handle.card
+
+
+async def test_a_sleeping_model_is_woken_by_a_request(live: LiveModels, handle: Handle) -> None:
+    await learn(live, a=app(RUNNING, 0))
+    assert live.states()["small"].state == "asleep"
+    assert handle.asked == 0
+    assert isinstance(refusal(live, "small"), ModelLoading)
+    await learn(live, a=app(RUNNING, 0))
+    assert live.resolve("small").card == CARD
+
+
+async def test_of_two_applications_with_one_name_the_first_serves(live: LiveModels) -> None:
+    await learn(live, b=app(RUNNING, 1), a=app(RUNNING, 1))
+    await learn(live, b=app(RUNNING, 1))
+    assert live.resolve("small").card == CARD
+
+
+def ready(handle: Handle, *, deployed: bool) -> Ready:
+    async def is_deployed() -> bool:
+        return deployed
+
+    description = Description(card=CARD, tokenizer_json=bundled_tokenizer_json())
+    stand_in = cast(DeploymentHandle, handle)
+    return Ready(stand_in, description, Threads(), is_deployed=is_deployed, max_pending_tokens=1000)
+
+
+@pytest.mark.parametrize(
+    ("outcomes", "deployed", "error"),
+    [
+        ([RayActorError(), RayActorError()], True, InternalError),
+        ([OtherFingerprint("two"), OtherFingerprint("two")], True, ModelLoading),
+        ([RayActorError(), OtherFingerprint("two")], True, ModelLoading),
+        ([BackPressureError(9, 8)], True, AtCapacity),
+        ([DeploymentUnavailableError.__new__(DeploymentUnavailableError)], True, ModelLoading),
+        ([DeploymentUnavailableError.__new__(DeploymentUnavailableError)], False, ModelNotFound),
+    ],
+)
+async def test_what_a_replica_could_not_do_has_its_own_answer(
+    handle: Handle, outcomes: list[Exception], deployed: bool, error: type[ServiceError]
+) -> None:
+    handle.outcomes = [*outcomes, AssertionError("asked once too often")]
+    model = ready(handle, deployed=deployed)
+    with pytest.raises(error):
+        await model.encode(Packed.join([(await model.tokenize(["hello"])).packed]))
+    assert handle.asked == len(outcomes)

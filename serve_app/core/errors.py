@@ -15,9 +15,10 @@ repeated. `api.py` turns these into HTTP.
 
 from __future__ import annotations
 
+import difflib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import ClassVar
 
 MAX_RETRY_AFTER_S = 120  # the OpenAI SDK gives up at once when it is told to wait longer
@@ -147,6 +148,11 @@ def is_name(text: str) -> bool:
 def shown(name: str) -> str:
     """A caller's name as it may stand in a message: quoted if it looks like a name, else not repeated at all."""
     return repr(name) if is_name(name) else "of that name"
+
+
+def nearest(name: str, known: Iterable[str]) -> str | None:
+    """The known name most like `name`, if any is alike at all."""
+    return next(iter(difflib.get_close_matches(name.lower(), list(known), n=1)), None)
 
 
 def did_you_mean(nearest: str | None) -> str:

@@ -24,9 +24,9 @@ from serve_app.core.errors import (
     UnsupportedParameter,
     did_you_mean,
     is_name,
+    nearest,
     shown,
 )
-from serve_app.core.settings import nearest
 
 _ESCAPED_LETTER = re.compile(rb"\\u00([46][1-9a-f]|[57][0-9a]|5f)", re.IGNORECASE)
 TOKEN_IDS_MESSAGE = (

@@ -6,16 +6,11 @@ silently does nothing. `catalog.py` holds the model entry, this module the base 
 
 from __future__ import annotations
 
-import difflib
-from collections.abc import Iterable
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-
-def nearest(name: str, known: Iterable[str]) -> str | None:
-    """The known name most like `name`, if any is alike at all."""
-    return next(iter(difflib.get_close_matches(name.lower(), list(known), n=1)), None)
+from serve_app.core.errors import nearest
 
 
 class StrictModel(BaseModel):

@@ -8,126 +8,24 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import time
-from collections.abc import Awaitable, Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 from ray import serve
-from ray.exceptions import RayActorError
-from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, ReplicaState, ServeStatus
 
 from serve_app.core.catalog import ModelCard, names_in
-from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound, did_you_mean, shown
-from serve_app.core.packing import Packed
+from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, nearest, shown
 from serve_app.core.schema import ModelState
-from serve_app.core.settings import nearest
-from serve_app.core.truncation import Tokenized
-from serve_app.deployments.encoder import Description, OtherFingerprint
-from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
-from serve_app.encoders.tokenizer import Tokenizer, join
+from serve_app.deployments.encoder import Description
+from serve_app.deployments.model import Ready, Threads
 from serve_app.service import LiveModel
 
 REFRESH_S = 1.0
 START_S = 10.0  # what a new ingress replica waits for the models' cards before it takes requests
-SHORT_CHARACTERS = 4_096  # a request this short has a tokenizing thread of its own
-SLICE_CHARACTERS = 32_768  # one turn in a tokenizing thread, about 20 ms; a longer text has a thread apart
 
 logger = logging.getLogger(__name__)
-
-
-class Threads:
-    """Where tokenizing runs: a short request never waits behind a long one, nor that behind one endless text."""
-
-    def __init__(self) -> None:
-        self._short = ThreadPoolExecutor(1, thread_name_prefix="tokenize-short")
-        self._long = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2), thread_name_prefix="tokenize-long")
-        self._endless = ThreadPoolExecutor(1, thread_name_prefix="tokenize-endless")
-
-    async def tokenize(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenized:
-        loop, short = asyncio.get_running_loop(), sum(map(len, texts)) <= SHORT_CHARACTERS
-        parts = []
-        for piece in _slices(texts):
-            endless = len(piece) == 1 and len(piece[0]) > SLICE_CHARACTERS  # it cannot be sliced: its count is exact
-            thread = self._endless if endless else self._short if short else self._long
-            parts.append(await loop.run_in_executor(thread, tokenizer, piece))
-        return join(parts)
-
-
-def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
-    """Consecutive pieces of at most `SLICE_CHARACTERS`; a longer text is a piece of its own."""
-    first = size = 0
-    for index, text in enumerate(texts):
-        if size and size + len(text) > SLICE_CHARACTERS:
-            yield texts[first:index]
-            first, size = index, 0
-        size += len(text)
-    yield texts[first:]
-
-
-class Ready:
-    """A model that answers: see `service.LiveModel`."""
-
-    def __init__(
-        self,
-        handle: DeploymentHandle,
-        description: Description,
-        threads: Threads,
-        *,
-        is_deployed: Callable[[], Awaitable[bool]],
-        max_pending_tokens: int,
-    ) -> None:
-        card = self.card = description.card
-        self._handle = handle
-        self._is_deployed = is_deployed
-        self._tokenizer = Tokenizer(description.tokenizer_json, card.max_tokens)
-        self._threads = threads
-        self.stale = False
-        self.dispatcher = Dispatcher(
-            self._send,
-            fingerprint=card.fingerprint,
-            dimensions=card.native_dimensions,
-            unit_tokens=card.unit_tokens,
-            unit_sequences=card.unit_sequences,
-            max_pending_tokens=max_pending_tokens,
-        )
-
-    async def tokenize(self, texts: Sequence[str]) -> Tokenized:
-        return await self._threads.tokenize(self._tokenizer, texts)
-
-    async def encode(self, packed: Packed) -> Encoded:
-        return await self.dispatcher.encode(packed)
-
-    async def _send(self, unit: Unit) -> UnitReply:
-        """To a replica that Serve chooses. Encoding is pure: what one replica could not do, another is asked once."""
-        try:
-            return await self._call(unit)
-        except (RayActorError, OtherFingerprint) as error:
-            self.stale = self.stale or isinstance(error, OtherFingerprint)
-        try:
-            return await self._call(unit)
-        except RayActorError:
-            raise InternalError("Two replicas of the model died with this request.") from None
-        except OtherFingerprint:
-            raise ModelLoading(f"{self.card.name} is being replaced.", retry_after_s=REFRESH_S) from None
-
-    async def _call(self, unit: Unit) -> UnitReply:
-        response = self._handle.encode.remote(unit)
-        try:
-            reply: UnitReply = await response
-        except asyncio.CancelledError:
-            response.cancel()  # nobody waits for it: it leaves the replica's gate, too
-            raise
-        except BackPressureError as error:
-            raise AtCapacity("The model's replicas are full.", retry_after_s=error.retry_after_s or 1.0) from None
-        except DeploymentUnavailableError:
-            if await self._is_deployed():
-                raise ModelLoading(f"{self.card.name} is not up.", param="model", retry_after_s=REFRESH_S) from None
-            raise ModelNotFound(f"{self.card.name} is not served any more.", param="model") from None
-        return reply
 
 
 @dataclass(slots=True, kw_only=True)

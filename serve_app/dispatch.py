@@ -137,6 +137,11 @@ class Dispatcher:
             vectors=flight.vectors, queue_s=max(0.0, waited_s - flight.compute_s), compute_s=flight.compute_s
         )
 
+    def abandon(self, error: ServiceError) -> None:
+        """Fail every request that is not answered yet: nobody is left to answer it."""
+        for flight in self._flights.values():
+            flight.fail(error)
+
     def _admit(self, packed: Packed) -> None:
         """An idle queue takes any request; a full one says how long it needs at the measured rate."""
         waiting = sum(lane.queue.tokens for lane in self._lanes.values())

@@ -89,6 +89,10 @@ class Ready:
     async def encode(self, packed: Packed) -> Encoded:
         return await self.dispatcher.encode(packed)
 
+    def gone(self) -> None:
+        """No replica is left, not even one that drains: Serve's handle would let what is under way wait for ever."""
+        self.dispatcher.abandon(ModelNotFound(f"{self.card.name} is not served any more.", param="model"))
+
     async def _send(self, unit: Unit) -> UnitReply:
         """To a replica that Serve chooses. Encoding is pure: what one replica could not do, another is asked once."""
         try:

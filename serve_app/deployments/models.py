@@ -61,6 +61,7 @@ class LiveModels:
         self._threads = Threads()
         self._apps: dict[str, _Deployed] | None = None  # None: Serve has not been heard yet
         self._names: dict[str, _Deployed] = {}  # lower case id or canonical name
+        self._leaving: dict[str, Ready] = {}  # by application: their replicas may still answer what they have
         self._load_s: dict[str, float] = {}  # measured, by id
 
     def resolve(self, name: str) -> LiveModel:
@@ -127,6 +128,9 @@ class LiveModels:
                 apps[app] = before[app]  # being rebuilt, or refused: the replicas that run go on
             if app in apps:
                 self._update(apps[app], overview)
+        self._leaving |= {app: known.model for app, known in before.items() if known.model and app not in apps}
+        for app in self._leaving.keys() - status.applications.keys():
+            self._leaving.pop(app).gone()
         self._apps, names_before = apps, self._names
         self._names = {}
         for deployed in apps.values():

@@ -59,12 +59,13 @@ class Handle:
     def __init__(self, card: ModelCard) -> None:
         self.card, self.asked, self.outcomes = card, 0, list[Exception]()
         self.describe = self.encode = self
+        self.hangs = False
 
     def options(self, **_: Any) -> Handle:
         return self
 
     def remote(self, unit: Unit | None = None) -> Any:
-        return self._describe() if unit is None else self._encode()
+        return asyncio.ensure_future(self._describe() if unit is None else self._encode())
 
     async def _describe(self) -> Description:
         self.asked += 1
@@ -72,6 +73,8 @@ class Handle:
 
     async def _encode(self) -> UnitReply:
         self.asked += 1
+        if self.hangs:
+            await asyncio.Event().wait()
         raise self.outcomes.pop(0)
 
 
@@ -139,6 +142,21 @@ async def test_a_deleted_model_is_unknown_at_once(live: LiveModels) -> None:
     await learn(live, a=app(ApplicationStatus.DELETING, 1))
     assert isinstance(refusal(live, "small"), ModelNotFound)
     assert live.states() == {}
+
+
+async def test_a_request_under_way_may_finish_while_its_model_leaves_and_is_told_when_it_has_left(
+    live: LiveModels, handle: Handle
+) -> None:
+    await learn(live, a=app(RUNNING, 1))
+    handle.hangs = True
+    model = live.resolve("small")
+    asked = asyncio.create_task(model.encode((await model.tokenize(["hello"])).packed))
+    live.learn(status(a=app(ApplicationStatus.DELETING, 1)))
+    await asyncio.sleep(0.01)
+    assert not asked.done()
+    live.learn(status())
+    with pytest.raises(ModelNotFound):
+        await asked
 
 
 async def test_applications_without_an_encoder_are_none_of_its_business(live: LiveModels) -> None:

@@ -128,7 +128,7 @@ def test_a_source_is_a_package_a_pinned_repository_or_a_directory(text: str, sou
         (f"hub:@{COMMIT}", "40 hex digits"),
         ("package:", "is none of"),
         ("BAAI/bge-m3", "is none of"),
-        ("https://huggingface.co/BAAI/bge-m3", "is none of"),
+        ("https://models.example/BAAI/bge-m3", "is none of"),
         ("", "is none of"),
     ],
 )

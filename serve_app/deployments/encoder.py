@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -25,6 +26,8 @@ from serve_app.encoders import Encoder, open_encoder
 
 STUCK_S = 600.0  # far beyond any batch that callers still wait for: their deadline is two minutes
 MAX_UNITS_AT_A_REPLICA = 64  # two units a lane from each of 16 ingress replicas; Serve's default of 5 would be one
+
+Encode = Callable[[Packed], Vectors]  # see the Encoder protocol
 
 logger = logging.getLogger(__name__)
 
@@ -68,32 +71,32 @@ class EncoderReplica:
     async def _batched(self, units: list[Unit]) -> list[UnitReply | Exception]:
         """One batch. Exceptions are returned, not raised: a raised one would fail every unit of the batch."""
         loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, encode_units, self._encoder, units)
+        return await loop.run_in_executor(self._thread, encode_units, self._encoder.encode, units)
 
 
-def encode_units(encoder: Encoder, units: list[Unit]) -> list[UnitReply | Exception]:
+def encode_units(encode: Encode, units: list[Unit]) -> list[UnitReply | Exception]:
     """All units in one forward; if that fails, each alone; if that fails too, each in halves. One reply a unit."""
     started_s = time.perf_counter()
     try:
-        vectors = encoder.encode(Packed.join([unit.packed for unit in units]))
+        vectors = encode(Packed.join([unit.packed for unit in units]))
     except Exception as error:
         logger.warning("a batch of %d units failed (%s): taking it apart", len(units), type(error).__name__)
         if len(units) > 1:
-            return [reply for unit in units for reply in encode_units(encoder, [unit])]
-        return [_in_halves(encoder, units[0], error)]
+            return [reply for unit in units for reply in encode_units(encode, [unit])]
+        return [_in_halves(encode, units[0], error)]
     compute_s = time.perf_counter() - started_s
     ends = np.cumsum([len(unit.packed.lengths) for unit in units])
     return [UnitReply(vectors=rows, compute_s=compute_s) for rows in np.split(vectors, ends[:-1])]
 
 
-def _in_halves(encoder: Encoder, unit: Unit, error: Exception) -> UnitReply | Exception:
+def _in_halves(encode: Encode, unit: Unit, error: Exception) -> UnitReply | Exception:
     if len(unit.packed.lengths) == 1:
         return error
     started_s = time.perf_counter()
     halves: list[Vectors] = []
     for half in unit.packed.halves():
         try:
-            halves.append(encoder.encode(half))
+            halves.append(encode(half))
         except Exception as again:
             return again
     return UnitReply(vectors=np.concatenate(halves), compute_s=time.perf_counter() - started_s)

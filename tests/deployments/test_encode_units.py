@@ -7,7 +7,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.catalog import ModelCard
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.dispatch import Unit, UnitReply
@@ -24,14 +23,6 @@ class FakeEncoder:
         self.most_tokens = most_tokens
         self.poison = poison
         self.calls: list[list[int]] = []
-
-    @property
-    def card(self) -> ModelCard:
-        raise NotImplementedError
-
-    @property
-    def tokenizer_json(self) -> str:
-        raise NotImplementedError
 
     def encode(self, packed: Packed) -> Vectors:
         firsts = packed.ids[np.cumsum(packed.lengths) - packed.lengths]
@@ -56,13 +47,13 @@ def rows(reply: UnitReply | Exception) -> list[float] | Exception:
 
 def test_all_units_are_one_forward_and_each_gets_its_own_rows() -> None:
     encoder = FakeEncoder()
-    replies = encode_units(encoder, [unit([1, 2]), unit([3]), unit([4, 5, 6])])
+    replies = encode_units(encoder.encode, [unit([1, 2]), unit([3]), unit([4, 5, 6])])
     assert [rows(reply) for reply in replies] == [[1, 2], [3], [4, 5, 6]]
     assert encoder.calls == [[1, 2, 3, 4, 5, 6]]
 
 
 def test_the_time_is_the_batchs() -> None:
-    replies = encode_units(FakeEncoder(), [unit([1]), unit([2])])
+    replies = encode_units(FakeEncoder().encode, [unit([1]), unit([2])])
     times = {reply.compute_s for reply in replies if isinstance(reply, UnitReply)}
     assert len(times) == 1
     assert times.pop() > 0
@@ -70,47 +61,47 @@ def test_the_time_is_the_batchs() -> None:
 
 def test_a_batch_too_large_for_the_device_is_taken_apart() -> None:
     encoder = FakeEncoder(most_tokens=4)
-    replies = encode_units(encoder, [unit([1, 2]), unit([3]), unit([4, 5])])
+    replies = encode_units(encoder.encode, [unit([1, 2]), unit([3]), unit([4, 5])])
     assert [rows(reply) for reply in replies] == [[1, 2], [3], [4, 5]]
     assert encoder.calls == [[1, 2, 3, 4, 5], [1, 2], [3], [4, 5]]
 
 
 def test_a_unit_too_large_for_the_device_goes_in_halves() -> None:
     encoder = FakeEncoder(most_tokens=6)
-    replies = encode_units(encoder, [unit([1, 2, 3, 4, 5]), unit([6])])
+    replies = encode_units(encoder.encode, [unit([1, 2, 3, 4, 5]), unit([6])])
     assert [rows(reply) for reply in replies] == [[1, 2, 3, 4, 5], [6]]
     assert encoder.calls == [[1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5], [1, 2], [3, 4, 5], [6]]
 
 
 def test_only_the_guilty_unit_fails() -> None:
     encoder = FakeEncoder(poison=frozenset({3}))
-    first, guilty, last = encode_units(encoder, [unit([1, 2]), unit([3, 4]), unit([5])])
+    first, guilty, last = encode_units(encoder.encode, [unit([1, 2]), unit([3, 4]), unit([5])])
     assert (rows(first), rows(last)) == ([1, 2], [5])
     assert isinstance(guilty, RuntimeError)
 
 
 @pytest.mark.parametrize("poison", [1, 4])
 def test_a_unit_with_one_bad_half_fails_whole(poison: int) -> None:
-    (reply,) = encode_units(FakeEncoder(poison=frozenset({poison})), [unit([1, 2, 3, 4])])
+    (reply,) = encode_units(FakeEncoder(poison=frozenset({poison})).encode, [unit([1, 2, 3, 4])])
     assert isinstance(reply, RuntimeError)
 
 
 def test_halves_are_not_halved_again() -> None:
     encoder = FakeEncoder(most_tokens=2)
-    (reply,) = encode_units(encoder, [unit([1, 2, 3, 4])])
+    (reply,) = encode_units(encoder.encode, [unit([1, 2, 3, 4])])
     assert isinstance(reply, MemoryError)
     assert encoder.calls == [[1, 2, 3, 4], [1, 2]]
 
 
 def test_one_sequence_that_fails_alone_is_not_tried_again() -> None:
     encoder = FakeEncoder(poison=frozenset({1}))
-    (reply,) = encode_units(encoder, [unit([1])])
+    (reply,) = encode_units(encoder.encode, [unit([1])])
     assert isinstance(reply, RuntimeError)
     assert encoder.calls == [[1]]
 
 
 def test_a_failure_is_logged_by_type_alone(caplog: pytest.LogCaptureFixture) -> None:
-    encode_units(FakeEncoder(poison=frozenset({1})), [unit([1])])
+    encode_units(FakeEncoder(poison=frozenset({1})).encode, [unit([1])])
     assert "RuntimeError" in caplog.text
     assert "poisoned" not in caplog.text
 
@@ -127,7 +118,7 @@ def test_every_unit_gets_its_own_rows_or_its_own_failure(
     starts = [sum(sizes[:index]) for index in range(len(sizes))]
     units = [unit(list(range(start, start + size))) for start, size in zip(starts, sizes, strict=True)]
 
-    replies = encode_units(FakeEncoder(poison=poison, most_tokens=most_tokens), units)
+    replies = encode_units(FakeEncoder(poison=poison, most_tokens=most_tokens).encode, units)
     for asked, reply in zip(units, replies, strict=True):
         ids = asked.packed.ids[::2].tolist()
         guilty = bool(poison & set(ids)) or (len(ids) + 1) // 2 * 2 > most_tokens

@@ -2,11 +2,14 @@
 
 ServiceError
   + InvalidRequest (400)      - InvalidJSON, MissingRequiredField, UnknownParameter, UnsupportedParameter,
-                                InvalidInput, TooManyInputs, TooManyTokens
+                                InvalidInput, TooManyInputs, TooManyTokens, InvalidIdempotencyKey
+  + InvalidAPIKey (401)
   + NotFound (404)            - ModelNotFound, RouteNotFound
   + MethodNotAllowed (405), RequestTooLarge (413), UnsupportedMediaType (415)
+  + Conflict (409)            - IdempotencyConflict, IdempotencyInProgress
+  + RateLimitExceeded (429)
   + InternalError (500)
-  + Unavailable (503)         - ModelLoading, AtCapacity
+  + Unavailable (503)         - ModelLoading, AtCapacity, StoreUnavailable
   + RequestTimeout (504)
 
 A message says what was wrong and what would be right, and never holds a caller's text: `shown` decides what may be
@@ -33,6 +36,8 @@ class ServiceError(Exception):
     code: ClassVar[str]
     advice: ClassVar[str]
     retryable: ClassVar[bool] = False
+    should_retry: ClassVar[str | None] = None
+    """`x-should-retry`, where the status alone would tell the OpenAI SDK the wrong thing."""
 
     def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
         super().__init__(message)
@@ -45,10 +50,11 @@ class ServiceError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """`Retry-After` in whole seconds, at least 1 and at most 120, where waiting helps."""
-        if self.retry_after_s is None:
-            return {}
-        return {"Retry-After": str(math.ceil(min(MAX_RETRY_AFTER_S, max(1, self.retry_after_s))))}
+        """`Retry-After` in whole seconds, at least 1 and at most 120, where waiting helps; `x-should-retry`."""
+        headers = {} if self.should_retry is None else {"x-should-retry": self.should_retry}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(math.ceil(min(MAX_RETRY_AFTER_S, max(1, self.retry_after_s))))
+        return headers
 
 
 class InvalidRequest(ServiceError):
@@ -83,6 +89,15 @@ class TooManyTokens(InvalidRequest):
     code, advice = "too_many_tokens", "Split the request; `POST /v1/tokenize` counts beforehand, free of charge."
 
 
+class InvalidIdempotencyKey(InvalidRequest):
+    code, advice = "invalid_idempotency_key", "Send one `Idempotency-Key`: 1 to 255 printable ASCII characters."
+
+
+class InvalidAPIKey(ServiceError):
+    status, type, code = 401, "authentication_error", "invalid_api_key"
+    advice = "Send `Authorization: Bearer <key>` with a key that is valid, not expired and not revoked."
+
+
 class NotFound(ServiceError):
     status, type = 404, "not_found_error"
 
@@ -98,6 +113,25 @@ class RouteNotFound(NotFound):
 class MethodNotAllowed(ServiceError):
     status, type, code = 405, "invalid_request_error", "method_not_allowed"
     advice = "Use a method that the `Allow` header names."
+
+
+class Conflict(ServiceError):
+    status, type = 409, "invalid_request_error"
+
+
+class IdempotencyConflict(Conflict):
+    code, should_retry = "idempotency_conflict", "false"
+    advice = "This `Idempotency-Key` belongs to another request. Use a new key for each request."
+
+
+class IdempotencyInProgress(Conflict):
+    code, retryable = "idempotency_in_progress", True
+    advice = "The first call with this key still runs. Retry after `Retry-After` seconds, with the same key."
+
+
+class RateLimitExceeded(ServiceError):
+    status, type, code, retryable = 429, "rate_limit_error", "rate_limit_exceeded", True
+    advice = "Retry after `Retry-After` seconds; the message says which budget is spent."
 
 
 class RequestTooLarge(ServiceError):
@@ -125,6 +159,10 @@ class ModelLoading(Unavailable):
 
 class AtCapacity(Unavailable):
     code, advice = "at_capacity", "The model's queue is full. Retry after `Retry-After` seconds."
+
+
+class StoreUnavailable(Unavailable):
+    code, advice = "store_unavailable", "Nothing can be recorded now. Retry after `Retry-After` seconds."
 
 
 class RequestTimeout(ServiceError):

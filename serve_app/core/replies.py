@@ -1,0 +1,53 @@
+"""A reply to `POST /v1/embeddings` as a value: rendered once for its caller, and again, byte for byte, for a replay.
+
+What is kept is the vectors' float32 bytes and the few words around them: a half to a quarter of the rendered JSON.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import numpy as np
+import orjson
+
+from serve_app.core import vectors
+from serve_app.core.vectors import Vectors
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Reply:
+    """vectors: float32 [inputs, dimensions], as they are sent."""
+
+    vectors: Vectors
+    model: str
+    usage: dict[str, Any]
+    encoding_format: Literal["float", "base64"]
+    fingerprint: str
+    request_id: str  # of the first call
+
+    def render(self) -> bytes:
+        """The response's body."""
+        return vectors.render(self.vectors, model=self.model, usage=self.usage, encoding_format=self.encoding_format)
+
+    def pack(self) -> bytes:
+        """A line of JSON, then the vectors."""
+        head = {
+            "dimensions": self.vectors.shape[1],
+            "model": self.model,
+            "usage": self.usage,
+            "encoding_format": self.encoding_format,
+            "fingerprint": self.fingerprint,
+            "request_id": self.request_id,
+        }
+        return orjson.dumps(head) + b"\n" + self.vectors.astype("<f4", copy=False).tobytes()
+
+    @classmethod
+    def unpack(cls, packed: bytes) -> Reply:
+        """Raises ValueError on what `pack` did not make."""
+        line, newline, rows = packed.partition(b"\n")
+        head = orjson.loads(line)
+        dimensions = head.pop("dimensions")
+        if not newline or not rows or len(rows) % (4 * dimensions):
+            raise ValueError("a stored reply is cut short")
+        return cls(vectors=np.frombuffer(rows, "<f4").reshape(-1, dimensions).astype(np.float32, copy=False), **head)

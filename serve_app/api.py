@@ -5,16 +5,18 @@ Bodies go to `service.py` as bytes and come back as bytes; the models of `core/s
 
 from __future__ import annotations
 
+import functools
 import logging
 import time
 import traceback
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractAsyncContextManager
 from typing import Any
 
 import orjson
 from fastapi import FastAPI, Request, Response
+from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
@@ -37,6 +39,21 @@ logger = logging.getLogger(__name__)
 
 MODEL_ID = {"name": "id", "in": "path", "required": True, "schema": {"type": "string", "minLength": 1}}
 
+IDEMPOTENCY_KEY = {
+    "name": "Idempotency-Key",
+    "in": "header",
+    "description": "Makes retries safe for 24 hours from the first success: the same answer, computed and billed once.",
+    "schema": {"type": "string", "minLength": 1, "maxLength": 255, "pattern": "^[ -~]+$"},
+}
+DAY: dict[str, Any] = {"type": "string", "format": "date"}
+GROUP_BY: dict[str, Any] = {"type": "array", "items": {"enum": schema.GROUPS}, "minItems": 1, "uniqueItems": True}
+USAGE_QUERY: list[dict[str, Any]] = [
+    {"name": "from", "in": "query", "description": "Day, UTC. Default: the first of the month of `to`.", "schema": DAY},
+    {"name": "to", "in": "query", "description": "Day, UTC. Default: today.", "schema": DAY},
+    {"name": "group_by", "in": "query", "style": "form", "explode": False, "schema": GROUP_BY},
+]
+OPEN = frozenset({"/health", "/ready"})  # whatever is not named here asks for a key, routes that come later included
+
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
@@ -48,26 +65,32 @@ def build_app(service: Service, *, max_body_bytes: int, lifespan: Lifespan | Non
         version="1",
         lifespan=lifespan,
         redirect_slashes=False,
+        docs_url=None,  # a browser cannot send the key that every route asks for
+        redoc_url=None,
         telemetry={"logs": False},  # else an unhandled exception goes to OpenTelemetry, in its own words
     )
     app.state.service = service
     app.state.max_body_bytes = max_body_bytes
-    app.post("/v1/embeddings", **_documented(schema.EmbeddingsRequest, schema.EmbeddingsResponse, 400, 404, 503, 504))(
-        embeddings
+    embeddings_route = _documented(
+        schema.EmbeddingsResponse,
+        *(400, 404, 409, 429, 504),
+        body=schema.EmbeddingsRequest,
+        parameters=[IDEMPOTENCY_KEY],
     )
-    app.post("/v1/tokenize", **_documented(schema.TokenizeRequest, schema.TokenizeResponse, 400, 404, 503, 504))(
-        tokenize
-    )
-    app.get("/v1/models", **_documented(None, schema.ModelList))(list_models)
-    model_routes = _documented(None, schema.Model, 404, 503) | {"openapi_extra": {"parameters": [MODEL_ID]}}
-    app.get("/v1/models/{id:path}", **model_routes)(retrieve_model)
-    app.get("/health", **_documented(None, schema.Health))(health)
-    app.get("/ready", **_documented(None, schema.Readiness, also={503: schema.Readiness}))(ready)
+    tokenize_route = _documented(schema.TokenizeResponse, 400, 404, 504, body=schema.TokenizeRequest)
+    app.post("/v1/embeddings", **embeddings_route)(embeddings)
+    app.post("/v1/tokenize", **tokenize_route)(tokenize)
+    app.get("/v1/models", **_documented(schema.ModelList))(list_models)
+    app.get("/v1/models/{id:path}", **_documented(schema.Model, 404, parameters=[MODEL_ID]))(retrieve_model)
+    app.get("/v1/usage", **_documented(schema.UsageReport, 400, parameters=USAGE_QUERY))(usage)
+    app.get("/health", **_documented(schema.Health, open=True))(health)
+    app.get("/ready", **_documented(schema.Readiness, open=True, also={503: schema.Readiness}))(ready)
     app.add_exception_handler(HTTPException, _unrouted)
     app.add_exception_handler(ServiceError, _refused)
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _broken)
-    return Edge(app)
+    app.openapi = functools.partial(_openapi, app)  # type: ignore[method-assign]
+    return Edge(app, service)
 
 
 async def embeddings(request: Request) -> Response:
@@ -94,6 +117,11 @@ async def retrieve_model(request: Request) -> Response:
     return _json(_service(request).retrieve_model(_call(request), request.path_params["id"]))
 
 
+async def usage(request: Request) -> Response:
+    """What your workspace used, by day, model or key. Free."""
+    return _json(await _service(request).usage(_call(request), request.query_params))
+
+
 async def health(request: Request) -> Response:
     """Liveness: this process answers."""
     return _json({"status": "ok"})
@@ -106,17 +134,22 @@ async def ready(request: Request) -> Response:
 
 
 class Edge:
-    """Around everything: a request id and the time taken on every response."""
+    """Around everything: no way in without a key but the open routes; a request id and the time on every response."""
 
-    def __init__(self, app: ASGIApp) -> None:
+    def __init__(self, app: ASGIApp, service: Service) -> None:
         self.app = app
+        self.service = service
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             await self.app(scope, receive, send)
             return
+        headers = Headers(scope=scope)
         call = Call(
-            request_id=Headers(scope=scope).get("x-request-id") or uuid.uuid4().hex, started_s=time.perf_counter()
+            request_id=headers.get("x-request-id") or uuid.uuid4().hex,
+            started_s=time.perf_counter(),
+            route=scope["path"],
+            idempotency_keys=headers.getlist("idempotency-key"),
         )
         scope["call"] = call
         started = False
@@ -129,7 +162,11 @@ class Edge:
             await send(message)
 
         try:
+            if call.route not in OPEN:
+                await self.service.admit(call, headers.get("authorization"))
             await self.app(scope, receive, send_with_headers)
+        except ServiceError as error:  # not admitted; what a route raises is answered further in
+            await _error(error)(scope, receive, send_with_headers)
         except Exception:
             if not started:
                 raise  # nothing was said, not even by _broken
@@ -137,6 +174,10 @@ class Edge:
 
 def _add_headers(call: Call, headers: MutableHeaders) -> None:
     headers["X-Request-Id"] = call.request_id
+    if call.replay_of:
+        headers["Idempotent-Replayed"] = "true"
+        headers["X-Runinfra-Idempotent-Replay"] = "true"
+        headers["X-Original-Request-Id"] = call.replay_of
     if call.fingerprint:
         headers["X-Model-Fingerprint"] = call.fingerprint
     steps = {"tokenize": call.tokenize_s, "queue": call.queue_s, "compute": call.compute_s}
@@ -219,13 +260,26 @@ def _call(request: Request) -> Call:
     return call
 
 
+def _openapi(app: FastAPI) -> dict[str, Any]:
+    """FastAPI's page, and how the key is sent."""
+    if app.openapi_schema is None:
+        page = get_openapi(title=app.title, version=app.version, summary=app.summary, routes=app.routes)
+        page["components"]["securitySchemes"] = {"key": {"type": "http", "scheme": "bearer"}}
+        app.openapi_schema = page
+    return app.openapi_schema
+
+
 def _documented(
-    body: type[BaseModel] | None,
     answer: type[BaseModel],
     *statuses: int,
+    body: type[BaseModel] | None = None,
+    parameters: Sequence[dict[str, Any]] = (),
+    open: bool = False,
     also: dict[int, type[BaseModel]] | None = None,
 ) -> dict[str, Any]:
     """What the OpenAPI page says of a route: its body and its answers. At run time it decides nothing."""
+    if not open:
+        statuses += (401, 503)
     if body:
         statuses += (413, 415)
     errors = {
@@ -235,15 +289,18 @@ def _documented(
         }
         for status in (*statuses, 500)
     }
-    documented: dict[str, Any] = {
+    extra: dict[str, Any] = {} if open else {"security": [{"key": []}]}
+    if parameters:
+        extra["parameters"] = [*parameters]
+    if body:
+        content = {"application/json": {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}}
+        extra["requestBody"] = {"required": True, "content": content}
+    return {
         "response_class": Response,
         "responses": {
             200: {"model": answer},
             **errors,
             **{status: {"model": model} for status, model in (also or {}).items()},
         },
+        "openapi_extra": extra,
     }
-    if body:
-        content = {"application/json": {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}}
-        documented["openapi_extra"] = {"requestBody": {"required": True, "content": content}}
-    return documented

@@ -1,23 +1,31 @@
 """The composition root: the builders that `deployments.yaml` names, and the one place that names every deployment.
 
-One application for the ingress and one for each model: Serve restarts what shares an application, so a model that is
-added, changed or removed leaves the others' processes alone.
+One application for the ingress, for each of the two actors, and for each model: Serve restarts what shares an
+application, so a model that is added, changed or removed leaves the others' processes alone.
 """
 
 # No `from __future__ import annotations`: Serve validates `args` against the builder's annotation if it is a type.
-from typing import Any
+import os
+from pathlib import Path
+from typing import Any, TypeVar
 
 from ray import serve
 from ray.serve import Application
 from ray.serve.config import AutoscalingConfig
 
 from serve_app.core.catalog import ModelSpec, deployment_name
-from serve_app.core.settings import IngressSettings
+from serve_app.core.settings import IdempotencySettings, IngressSettings, StoreSettings
 from serve_app.deployments.encoder import MAX_UNITS_AT_A_REPLICA, EncoderReplica
+from serve_app.deployments.idempotency import IdempotencyReplica, shard_name
 from serve_app.deployments.ingress import IngressReplica
+from serve_app.deployments.usage import UsageReplica, UsageSettings
+from serve_app.stores import DEFAULT_URL, is_local
+from serve_app.stores.sqlite import path_of
 
 _ingress: Any = serve.deployment(serve.ingress()(IngressReplica))
 _encoder: Any = serve.deployment(EncoderReplica)
+_idempotency: Any = serve.deployment(IdempotencyReplica)
+_usage: Any = serve.deployment(UsageReplica)
 
 # Set before the process starts, or not at all: glibc keeps freed memory in per-thread arenas otherwise, and returns and
 # faults in the same pages for every batch (a third of the system time was left).
@@ -29,14 +37,58 @@ ENCODER_ENV = {**_MALLOC, **_OPENMP, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZER
 INGRESS_ENV = {"TOKENIZERS_PARALLELISM": "false"}  # the ingress has its own threads, and turns
 
 
+Settings = TypeVar("Settings", bound=StoreSettings)
+
+
+def _located(settings: Settings) -> Settings:
+    """With a store and a folder that mean the same in every process: where nothing is said, or a relative path."""
+    store = settings.store or os.environ.get("SERVE_APP_STORE") or DEFAULT_URL
+    blobs = Path(settings.blobs or "data/blobs")
+    if is_local(store):
+        store = f"sqlite:{path_of(store)}"
+        blobs = Path(settings.blobs) if settings.blobs else path_of(store).with_name("blobs")
+    return settings.model_copy(update={"store": store, "blobs": str(blobs.expanduser().absolute())})
+
+
+def _actor(num_cpus: float) -> dict[str, Any]:
+    """Back soon: Serve looks after it every second. It may hold thousands of duplicates that wait."""
+    return {
+        "num_replicas": 1,
+        "max_ongoing_requests": 10_000,
+        "health_check_period_s": 1.0,
+        "health_check_timeout_s": 10.0,
+        "ray_actor_options": {"num_cpus": num_cpus},
+    }
+
+
 def ingress(settings: IngressSettings) -> Application:
     """The HTTP side. Its application is the only one with a `route_prefix`."""
+    settings = _located(settings)
     application: Application = _ingress.options(
         name="ingress",
         num_replicas=settings.replicas,
         max_ongoing_requests=settings.max_ongoing_requests,
         ray_actor_options={"num_cpus": settings.num_cpus, "runtime_env": {"env_vars": INGRESS_ENV}},
     ).bind(settings)
+    return application
+
+
+def idempotency(settings: IdempotencySettings) -> Application:
+    """The idempotency actor, one process for each shard. `route_prefix: null`."""
+    settings = _located(settings)
+    root, *others = [
+        _idempotency.options(name=shard_name(shard, settings.shards), **_actor(settings.num_cpus))
+        for shard in range(settings.shards)
+    ]
+    bound = [other.bind(settings, shard, []) for shard, other in enumerate(others, start=1)]
+    application: Application = root.bind(settings, 0, bound)  # an application has one root, and what that is bound to
+    return application
+
+
+def usage(settings: UsageSettings) -> Application:
+    """The usage actor: one process. `route_prefix: null`."""
+    settings = _located(settings)
+    application: Application = _usage.options(name="usage", **_actor(settings.num_cpus)).bind(settings)
     return application
 
 

@@ -11,6 +11,8 @@ from collections import deque
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
+from serve_app.apart import apart
+
 Item = TypeVar("Item")
 Answer = TypeVar("Answer")
 
@@ -29,7 +31,7 @@ class Gather(Generic[Item, Answer]):
         answer: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, answer))
         if self._under_way is None:
-            self._under_way = asyncio.get_running_loop().create_task(self._drain())
+            self._under_way = apart(self._drain())
         return await answer
 
     async def _drain(self) -> None:
@@ -40,7 +42,7 @@ class Gather(Generic[Item, Answer]):
             self._under_way = None
 
     def _take(self) -> list[tuple[Item, asyncio.Future[Answer]]]:
-        batch = []
+        batch: list[tuple[Item, asyncio.Future[Answer]]] = []
         while self._waiting and len(batch) < self._max_items:
             item, answer = self._waiting.popleft()
             if not answer.done():

@@ -1,24 +1,33 @@
 """One request, top to bottom: the file to read first.
 
 Every step is a call that returns a value or raises an error of `core/errors.py`; nobody calls back up. `api.py` above
-it speaks HTTP; below it are the live models (`Models`, filled in by `deployments/`) and everything in `core/`.
+it speaks HTTP; below it are the live models (`Models`, filled in by `deployments/`), the accounts and the books.
 """
 
 from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Sequence
+import uuid
+from collections.abc import AsyncIterator, Mapping, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from serve_app.core import schema, vectors
+from serve_app.accounts import Accounts, Caller
+from serve_app.apart import apart
+from serve_app.books import Books, Claim
+from serve_app.core import idempotency, ledger, schema, vectors
 from serve_app.core.catalog import ModelCard, check_dimensions, check_strings, check_tokens
+from serve_app.core.charges import token_event
 from serve_app.core.errors import RequestTimeout
+from serve_app.core.ledger import UsageEvent, call_event_id
 from serve_app.core.packing import Packed
+from serve_app.core.pricing import RateCard
+from serve_app.core.replies import Reply
 from serve_app.core.truncation import Tokenized
 from serve_app.dispatch import Encoded
+from serve_app.stores import Clock
 
 
 class LiveModel(Protocol):
@@ -54,15 +63,43 @@ class Call:
 
     request_id: str
     started_s: float
+    route: str
+    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # ours alone: a caller may repeat a request id
+    idempotency_keys: Sequence[str] = ()
+    caller: Caller | None = None
     fingerprint: str | None = None
+    replay_of: str | None = None  # the request id of the call that this one repeats
     tokenize_s: float | None = None
     queue_s: float | None = None
     compute_s: float | None = None
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A request that can be run: its model answers, and it is within the limits that need no tokens to be counted."""
+
+    caller: Caller
+    request: schema.EmbeddingsRequest
+    model: LiveModel
+    dimensions: int
+
+
 class Service:
-    def __init__(self, models: Models, *, request_timeout_s: float) -> None:
+    def __init__(
+        self,
+        models: Models,
+        accounts: Accounts,
+        books: Books,
+        rates: RateCard,
+        *,
+        now_ms: Clock,
+        request_timeout_s: float,
+    ) -> None:
         self._models = models
+        self._accounts = accounts
+        self._books = books
+        self._rates = rates
+        self._now_ms = now_ms
         self._request_timeout_s = request_timeout_s
 
     @asynccontextmanager
@@ -74,31 +111,104 @@ class Service:
         except TimeoutError:
             raise RequestTimeout(f"No answer within {self._request_timeout_s:g} s; the work was dropped.") from None
 
-    # A key is checked, its rate charged and a replay looked up between these steps once the service has keys: before
-    # `parse` (key, rate) and before `_tokenize` (replay). Settling the bill is the step after `_encode`.
+    async def admit(self, call: Call, authorization: str | None) -> None:
+        """Who is calling. Raises InvalidAPIKey."""
+        call.caller = await self._accounts.authenticate(authorization)
 
     async def embed(self, call: Call, body: bytes) -> bytes:
         """`POST /v1/embeddings`: the response's body."""
+        job, key = self._prepare(call, body), idempotency.parse_key(call.idempotency_keys)
+        reply = await (self._run(call, job) if key is None else self._run_once(call, job, key))
+        return reply.render()
+
+    def _prepare(self, call: Call, body: bytes) -> Job:
         request = schema.parse(schema.EmbeddingsRequest, body)
         model = self._resolve(call, request.model)
         dimensions = check_dimensions(model.card, request.dimensions)
-        tokenized = await self._tokenize(call, model, request.input)
-        check_tokens(model.card, tokenized.packed.tokens)
-        encoded = await self._encode(call, model, tokenized)
-        return vectors.render(
-            vectors.cut(encoded.vectors, dimensions),
-            model=model.card.name,
+        check_strings(model.card, len(request.input))
+        return Job(caller=_caller(call), request=request, model=model, dimensions=dimensions)
+
+    async def _run(self, call: Call, job: Job) -> Reply:
+        """Without an Idempotency-Key: every success is a call of its own, and billed."""
+        reply = await self._compute(call, job)
+        await self._books.bill(self._bill(call, job, reply, id=call_event_id(job.caller.workspace.id, call.id)))
+        return reply
+
+    async def _run_once(self, call: Call, job: Job, key: str) -> Reply:
+        """With one: the first success is computed and billed, and for 24 hours it is the answer to every repetition."""
+        canonical = schema.canonical(job.request)
+        reply_bytes = 4 * job.dimensions * len(job.request.input)
+        claim = await self._books.begin(job.caller, call.route, key, canonical, reply_bytes)
+        if isinstance(claim, Reply):
+            call.replay_of, call.fingerprint = claim.request_id, claim.fingerprint
+            return claim
+        return await asyncio.shield(apart(self._fulfil(call, job, claim)))  # if the client hangs up, it comes again
+
+    async def _fulfil(self, call: Call, job: Job, claim: Claim) -> Reply:
+        try:
+            async with self.deadline():
+                reply = await self._compute(call, job)
+                return await self._books.settle(claim, reply, self._bill(call, job, reply, id=claim.op, claim=claim.id))
+        except BaseException:
+            self._books.release(claim)
+            raise
+
+    async def _compute(self, call: Call, job: Job) -> Reply:
+        tokenized = await self._tokenize(call, job.model, job.request.input)
+        check_tokens(job.model.card, tokenized.packed.tokens)
+        encoded = await self._encode(call, job.model, tokenized)
+        return Reply(
+            vectors=vectors.cut(encoded.vectors, job.dimensions),
+            model=job.model.card.name,
             usage=tokenized.usage(),
-            encoding_format=request.encoding_format,
+            encoding_format=job.request.encoding_format,
+            fingerprint=job.model.card.fingerprint,
+            request_id=call.request_id,
+        )
+
+    def _bill(self, call: Call, job: Job, reply: Reply, *, id: str, claim: str | None = None) -> UsageEvent:
+        return token_event(
+            id=id,
+            workspace=job.caller.workspace,
+            key=job.caller.key,
+            card=job.model.card,
+            rates=self._rates,
+            tokens=reply.usage["total_tokens"],
+            time_ms=self._now_ms(),
+            details={
+                "endpoint": call.route,
+                "request_id": call.request_id,
+                "inputs": len(job.request.input),
+                "dimensions": job.dimensions,
+                "model_fingerprint": reply.fingerprint,
+                "user": job.request.user,
+                "idempotency": claim,
+            },
         )
 
     async def tokenize(self, call: Call, body: bytes) -> dict[str, Any]:
         """`POST /v1/tokenize`: the exact billable count, before sending."""
         request = schema.parse(schema.TokenizeRequest, body)
         model = self._resolve(call, request.model)
+        check_strings(model.card, len(request.input))
         tokenized = await self._tokenize(call, model, request.input)
         counts, usage = tokenized.counts(), tokenized.usage()
         return {"object": "list", "data": counts, "model": model.card.name, "usage": usage}
+
+    async def usage(self, call: Call, query: Mapping[str, str]) -> dict[str, Any]:
+        """`GET /v1/usage`: what the caller's workspace used, from the ledger."""
+        asked = schema.parse_usage_query(query, today=ledger.day_of(self._now_ms()))
+        lines = await self._books.usage(_caller(call).workspace, asked.first_day, asked.last_day)
+        return {
+            "object": "usage",
+            "workspace": _caller(call).workspace.id,
+            "from": asked.first_day,
+            "to": asked.last_day,
+            "group_by": asked.group_by,
+            "currency": "USD",
+            "data": ledger.report(lines, asked.group_by),
+            "total_amount_micros": ledger.total_micros(lines),
+        }
 
     def list_models(self) -> dict[str, Any]:
         """`GET /v1/models`."""
@@ -123,7 +233,6 @@ class Service:
         return model
 
     async def _tokenize(self, call: Call, model: LiveModel, texts: Sequence[str]) -> Tokenized:
-        check_strings(model.card, len(texts))
         started_s = time.perf_counter()
         tokenized = await model.tokenize(texts)
         call.tokenize_s = time.perf_counter() - started_s
@@ -133,6 +242,11 @@ class Service:
         encoded = await model.encode(tokenized.packed)
         call.queue_s, call.compute_s = encoded.queue_s, encoded.compute_s
         return encoded
+
+
+def _caller(call: Call) -> Caller:
+    assert call.caller is not None, "an open route needs no caller, and no other is reached without one"
+    return call.caller
 
 
 def _model(card: ModelCard, id: str) -> dict[str, Any]:

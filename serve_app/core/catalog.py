@@ -14,7 +14,7 @@ from typing import Annotated, Literal
 from pydantic import Field, field_validator, model_validator
 
 from serve_app.core.errors import TooManyInputs, TooManyTokens, UnsupportedParameter
-from serve_app.core.settings import Scaling, StrictModel
+from serve_app.core.strict import StrictModel
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _ROLE, _SEPARATOR, _SLASH = "encoder", ":", "--"
@@ -78,6 +78,22 @@ class Source:
         )
 
 
+class Scaling(StrictModel):
+    """How many replicas a group may have. Serve adds one when the mean of `target_units` per replica is exceeded."""
+
+    min: Annotated[int, Field(ge=0)] = 1
+    max: Annotated[int, Field(ge=1)] = 1
+    target_units: Annotated[float, Field(gt=0)] = 1.5  # an ingress with work to do keeps two units at each replica
+    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
+    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Scaling:
+        if self.min > self.max:
+            raise ValueError(f"min ({self.min}) is above max ({self.max})")
+        return self
+
+
 class ModelSpec(StrictModel):
     """One model = one entry: the `args` of its application."""
 
@@ -108,6 +124,9 @@ class ModelSpec(StrictModel):
     unit_tokens: Annotated[int, Field(ge=64)] | None = None
     """Tokens in one unit of work. Unset = 2,048 on a CPU, 16,384 on a GPU."""
 
+    reserved_by: str | None = None
+    """Workspace that keeps this model warm: it pays the active rate for tokens, and for `replicas.min` x `num_gpus`."""
+
     @field_validator("source")
     @classmethod
     def _source_parses(cls, text: str) -> str:
@@ -119,6 +138,17 @@ class ModelSpec(StrictModel):
         if self.device == "cuda" and not self.num_gpus:
             raise ValueError("device is cuda, but num_gpus is 0: say which share of a GPU each replica gets")
         return self
+
+    @model_validator(mode="after")
+    def _reserved_is_warm(self) -> ModelSpec:
+        if self.reserved_by is not None and not self.replicas.min:
+            raise ValueError("reserved_by keeps replicas warm, but replicas.min is 0: say how many")
+        return self
+
+    @property
+    def reserved_milli_gpus(self) -> int:
+        """GPUs that are always kept, in thousandths: of a reserved model only."""
+        return round(1000 * self.num_gpus) * self.replicas.min if self.reserved_by else 0
 
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:
@@ -141,6 +171,8 @@ class ModelCard:
     dtype: str
     created: int  # Unix seconds: when the replica that told loaded it
     fingerprint: str  # of weights, dtype, pooling and tokenizer: equal fingerprints, one vector space
+    reserved_by: str | None = None  # workspace
+    reserved_milli_gpus: int = 0
 
     @property
     def unit_sequences(self) -> int:

@@ -285,7 +285,7 @@ def claim(at: Situation) -> Decision:
 
 
 def proceed_again(at: Situation) -> Decision:
-    record = replace(_record(at), lease_ms=at.now_ms + _begin(at).lease_ms)
+    record = replace(_record(at), lease_ms=at.now_ms + _begin(at).lease_ms, expires_ms=at.now_ms + RUNNING_MS)
     return Decision(record=record, outcome=Proceed(op=record.op, attempts=record.attempts))
 
 

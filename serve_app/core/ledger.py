@@ -75,7 +75,7 @@ class UsageEvent:
     @property
     def day(self) -> str:
         """Of `time_ms`, in UTC: 2026-11-25."""
-        return _utc(self.time_ms).date().isoformat()
+        return day_of(self.time_ms)
 
     def to_json(self) -> bytes:
         return orjson.dumps(self)
@@ -120,6 +120,11 @@ def amount(kind: Kind, quantity: int, unit_price: str) -> Decimal:
         return Decimal(unit_price) * quantity / kind.per_price
     # Thirds have no end: an hour's price is kept as the nearest 1e-15 dollar, a billionth of what a line is rounded to.
     return (Decimal(unit_price) * quantity / kind.per_price).quantize(Decimal("1e-15"))
+
+
+def day_of(time_ms: int) -> str:
+    """In UTC: 2026-11-25."""
+    return _utc(time_ms).date().isoformat()
 
 
 def shard_of(workspace: str) -> int:
@@ -175,6 +180,11 @@ def report(lines: Sequence[UsageLine], by: Sequence[str]) -> list[dict[str, Any]
     for line in lines:
         groups.setdefault((*(getattr(line, name) for name in by), line.kind.value), []).append(line)
     return [_row(by, group, groups[group]) for group in sorted(groups)]
+
+
+def total_micros(lines: Sequence[UsageLine]) -> int:
+    """All of it, exact and then rounded: the sum of rounded rows may differ by half a micro-dollar a row."""
+    return pricing.to_micros(sum((line.amount for line in lines), Decimal(0)))
 
 
 def _row(by: Sequence[str], group: tuple[str, ...], lines: Sequence[UsageLine]) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from pydantic import Field, field_validator, model_validator
 
 from serve_app.core.catalog import SizeClass
 from serve_app.core.keys import Plan
-from serve_app.core.settings import StrictModel
+from serve_app.core.strict import StrictModel
 
 TOKENS_PER_PRICE = 1_000_000
 GPU_MILLISECONDS_PER_PRICE = 3_600_000

@@ -33,7 +33,7 @@ class Reply:
     def pack(self) -> bytes:
         """A line of JSON, then the vectors."""
         head = {
-            "dimensions": self.vectors.shape[1],
+            "shape": self.vectors.shape,
             "model": self.model,
             "usage": self.usage,
             "encoding_format": self.encoding_format,
@@ -45,9 +45,13 @@ class Reply:
     @classmethod
     def unpack(cls, packed: bytes) -> Reply:
         """Raises ValueError on what `pack` did not make."""
-        line, newline, rows = packed.partition(b"\n")
-        head = orjson.loads(line)
-        dimensions = head.pop("dimensions")
-        if not newline or not rows or len(rows) % (4 * dimensions):
-            raise ValueError("a stored reply is cut short")
-        return cls(vectors=np.frombuffer(rows, "<f4").reshape(-1, dimensions).astype(np.float32, copy=False), **head)
+        line, _, rows = packed.partition(b"\n")
+        try:
+            head = orjson.loads(line)
+            inputs, dimensions = head.pop("shape")
+            if len(rows) != 4 * inputs * dimensions:
+                raise ValueError("a stored reply is cut short")
+            vectors = np.frombuffer(rows, "<f4").reshape(inputs, dimensions).astype(np.float32, copy=False)
+            return cls(vectors=vectors, **head)
+        except (AttributeError, KeyError, TypeError) as error:
+            raise ValueError("not a stored reply") from error

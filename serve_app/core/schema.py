@@ -6,10 +6,11 @@ Whatever is wrong raises an error of `errors.py`; limits that depend on the mode
 
 from __future__ import annotations
 
+import datetime as dt
 import json
 import re
 from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NoReturn, TypeVar
+from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
@@ -85,6 +86,8 @@ Texts = Annotated[
         }
     ),
 ]
+GroupBy = Literal["day", "model", "api_key"]
+GROUPS: tuple[GroupBy, ...] = get_args(GroupBy)
 ModelName = Annotated[str, Field(description="Short id or canonical name, in any case: see GET /v1/models.")]
 
 
@@ -107,6 +110,38 @@ class TokenizeRequest(_Request):
 
     model: ModelName
     input: Texts
+
+
+class UsageQuery(_Request):
+    """The query of `GET /v1/usage`. Days are UTC, both inclusive."""
+
+    first_day: str
+    last_day: str
+    group_by: tuple[GroupBy, ...]
+
+
+class UsageRow(BaseModel):
+    """Added up by what `group_by` names; the other names are absent."""
+
+    day: str | None = None
+    model: str | None = None
+    api_key: str | None = Field(None, description="The key's id.")
+    kind: Literal["tokens", "gpu_time"]
+    requests: int | None = Field(None, description="Of kind tokens: successes, replays not counted.")
+    input_tokens: int | None = None
+    reserved_gpu_hours: str | None = Field(None, description="Of kind gpu_time: a decimal.")
+    amount_micros: int = Field(description="Millionths of a US dollar, rounded once, half to even.")
+
+
+class UsageReport(BaseModel):
+    object: Literal["usage"]
+    workspace: str
+    first_day: str = Field(alias="from")
+    last_day: str = Field(alias="to")
+    group_by: list[GroupBy]
+    currency: Literal["USD"]
+    data: list[UsageRow]
+    total_amount_micros: int
 
 
 class ErrorDetail(BaseModel):
@@ -206,6 +241,41 @@ def parse(kind: type[Request], body: bytes) -> Request:
         # Not `from error`: pydantic's error quotes its input, and no log may.
         field = str(error.errors(include_url=False, include_input=False, include_context=False)[0]["loc"][0])
     raise _bad_value(field)
+
+
+def canonical(request: _Request) -> bytes:
+    """The parsed request as bytes: equal for bodies that differ only in key order, white space or stated defaults."""
+    fields = {name: getattr(request, name) for name in type(request).model_fields}
+    return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
+
+
+def parse_usage_query(query: Mapping[str, str], *, today: str) -> UsageQuery:
+    """`from`, `to` (default: this month so far) and `group_by`, a list with commas. Raises as `parse` does."""
+    for name in query:
+        if name not in ("from", "to", "group_by"):
+            hint = did_you_mean(nearest(name[:64], ("from", "to", "group_by")))
+            raise UnknownParameter(
+                f"There is no parameter {shown(name)} here.{hint}", param=name if is_name(name) else None
+            )
+    last_day = _day(query, "to", today)
+    first_day = _day(query, "from", last_day[:8] + "01")
+    if first_day > last_day:
+        raise InvalidInput("from is after to.", param="from")
+    asked = query.get("group_by", "day,model").split(",")
+    group_by = tuple(name for name in GROUPS if name in asked)
+    if not group_by or len(group_by) < len(asked):
+        raise UnsupportedParameter(f"group_by takes {', '.join(GROUPS)}, each once, with commas.", param="group_by")
+    return UsageQuery(first_day=first_day, last_day=last_day, group_by=group_by)
+
+
+def _day(query: Mapping[str, str], name: str, default: str) -> str:
+    text = query.get(name, default)
+    try:
+        if dt.date.fromisoformat(text).isoformat() == text:
+            return text
+    except ValueError:
+        pass
+    raise InvalidInput(f"{name} must be a day such as 2026-11-25.", param=name)
 
 
 def _loads(body: bytes) -> Any:

@@ -1,58 +1,38 @@
-"""What an operator may write into `deployments.yaml`: strict models, read once at start.
+"""What an operator may write into `deployments.yaml` besides models: the `args` of the ingress and of the two actors.
 
-An unknown key is refused with its path and the nearest known one, because a typo that is ignored is a setting that
-silently does nothing. `catalog.py` holds the model entry, this module the base of both and the ingress's settings.
+Read once at start. `catalog.py` holds the model entry; `store` and `rates` must be the same for all three: a YAML
+anchor keeps them so.
 """
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
-from serve_app.core.errors import nearest
+from serve_app.core.pricing import RateCard
+from serve_app.core.strict import StrictModel
 
-
-class StrictModel(BaseModel):
-    """A piece of configuration: immutable, and no key that it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, populate_by_name=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unknown_keys(cls, values: Any) -> Any:
-        known = [field.alias or name for name, field in cls.model_fields.items()]
-        for key in values if isinstance(values, dict) else ():
-            if key not in known:
-                guess = nearest(str(key), known)
-                hint = f"did you mean {guess!r}?" if guess else f"known keys: {', '.join(known)}"
-                raise ValueError(f"unknown key {key!r}; {hint}")
-        return values
+GIB = 2**30
 
 
-class Scaling(StrictModel):
-    """How many replicas a group may have. Serve adds one when the mean of `target_units` per replica is exceeded."""
+class StoreSettings(StrictModel):
+    """What all three share."""
 
-    min: Annotated[int, Field(ge=0)] = 1
-    max: Annotated[int, Field(ge=1)] = 1
-    target_units: Annotated[float, Field(gt=0)] = 1.5  # an ingress with work to do keeps two units at each replica
-    upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
-    downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Scaling:
-        if self.min > self.max:
-            raise ValueError(f"min ({self.min}) is above max ({self.max})")
-        return self
+    store: str = ""
+    """`sqlite:PATH` for one machine, `redis://HOST:PORT/DB` for several. Unset: SERVE_APP_STORE, or a file in data/."""
+    blobs: str = ""
+    """Folder for replies above 64 KiB, shared by all machines. Unset: beside the SQLite file, or data/blobs."""
+    num_cpus: Annotated[float, Field(ge=0)] = 0.1
+    """What Ray reserves for each process. Fractional, so that everything fits on a laptop."""
 
 
-class IngressSettings(StrictModel):
+class IngressSettings(StoreSettings):
     """The `args` of the ingress application."""
 
     replicas: Annotated[int, Field(ge=1)] = 1
     """Ingress processes. Each tokenises and packs; one serves some hundred requests a second."""
     num_cpus: Annotated[float, Field(ge=0)] = 0.2
-    """What Ray reserves for each. Fractional, so that everything fits on a laptop."""
     max_body_bytes: Annotated[int, Field(ge=1024)] = 16 * 2**20
     """A longer body is refused with 413 before it is read whole."""
     request_timeout_s: Annotated[float, Field(gt=0)] = 120.0
@@ -61,3 +41,28 @@ class IngressSettings(StrictModel):
     """Tokens that may wait for one model in one ingress; beyond it requests get 503 `at_capacity`."""
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 4096
     """Requests that one ingress works on at once."""
+    rates: RateCard = RateCard()
+    """Prices: see `core/pricing.py`."""
+    patience_s: Annotated[float, Field(gt=0)] = 20.0
+    """What a request waits for the store or an actor that is down, before it gets 503 `store_unavailable`."""
+    duplicate_wait_s: Annotated[float, Field(ge=0)] = 30.0
+    """What a duplicate waits for the first call with its key, before it gets 409 `idempotency_in_progress`."""
+    lease_s: Annotated[float, Field(ge=1)] = 15.0
+    """An attempt that has not been heard of for so long is taken for dead: a retry takes over."""
+    replay_bytes: Annotated[int, Field(ge=0)] = 4 * GIB
+    """Replies that one workspace may keep for replays, together."""
+    replay_records: Annotated[int, Field(ge=0)] = 1_000_000
+    """Idempotency keys that one workspace may use in 24 hours."""
+
+
+class IdempotencySettings(StoreSettings):
+    """The `args` of the idempotency application."""
+
+    shards: Annotated[int, Field(ge=1, le=64)] = 1
+    """Processes that keys are divided among."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 64 * 2**20
+    """Replies that a process keeps in memory; the store has them all."""
+    waiters_per_key: Annotated[int, Field(ge=0)] = 256
+    """Duplicates that may wait for one call; more get 409 at once."""
+    waiters: Annotated[int, Field(ge=0)] = 4096
+    """Duplicates that may wait at one process."""

@@ -55,6 +55,9 @@ class EncoderReplica:
     async def describe(self) -> Description:
         return Description(card=self._encoder.card, tokenizer_json=self._encoder.tokenizer_json)
 
+    async def card(self) -> ModelCard:
+        return self._encoder.card
+
     async def encode(self, unit: Unit) -> UnitReply:
         """One unit's rows. Raises OtherFingerprint, or whatever the unit does to the model even when alone."""
         if unit.fingerprint != self._encoder.card.fingerprint:

@@ -1,18 +1,27 @@
-"""The ingress replica: `api.py` over the live models, inside Serve."""
+"""The ingress replica: `api.py` over the live models, the accounts and the books, inside Serve."""
 
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 from fastapi import FastAPI
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from serve_app import demo
+from serve_app.accounts import Accounts
 from serve_app.api import build_app
+from serve_app.books import Books
 from serve_app.core.settings import IngressSettings
+from serve_app.deployments.idempotency import Clerks
 from serve_app.deployments.models import LiveModels
+from serve_app.deployments.nodes import check_nodes
 from serve_app.service import Service
+from serve_app.stores import Store, is_local, open_store
+from serve_app.stores.blobs import Blobs
 
 
 class IngressReplica:
@@ -23,8 +32,20 @@ class IngressReplica:
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve calls this once, on the replica's event loop, and serves what it returns."""
-        models = LiveModels(max_pending_tokens=self._settings.max_pending_tokens)
-        service = Service(models, request_timeout_s=self._settings.request_timeout_s)
+        settings = self._settings
+        check_nodes(settings.store)
+        store = await open_store(settings.store)
+        if is_local(settings.store):
+            await demo.make(store, demo.key_path(settings.store), now_ms=_now_ms())
+        models = LiveModels(max_pending_tokens=settings.max_pending_tokens)
+        service = Service(
+            models,
+            Accounts(store, now_ms=_now_ms, patience_s=settings.patience_s),
+            self.books(store),
+            settings.rates,
+            now_ms=_now_ms,
+            request_timeout_s=settings.request_timeout_s,
+        )
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -32,8 +53,17 @@ class IngressReplica:
             watch = asyncio.create_task(models.watch())
             yield
             watch.cancel()
+            await store.close()
 
         return _without_request_id(build_app(service, max_body_bytes=self._settings.max_body_bytes, lifespan=lifespan))
+
+    def books(self, store: Store) -> Books:
+        """Where this ingress writes what it did."""
+        return Books(store, Clerks(), Blobs(Path(self._settings.blobs)), self._settings)
+
+
+def _now_ms() -> int:
+    return time.time_ns() // 1_000_000
 
 
 def _without_request_id(app: ASGIApp) -> ASGIApp:

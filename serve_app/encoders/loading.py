@@ -126,6 +126,8 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
         dtype=dtype,
         created=int(time.time()),
         fingerprint=hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12],
+        reserved_by=spec.reserved_by,
+        reserved_milli_gpus=spec.reserved_milli_gpus,
     )
 
 

@@ -21,8 +21,18 @@ from starlette.types import ASGIApp, Message, Scope
 from serve_app.api import build_app
 from serve_app.core.catalog import SizeClass
 from serve_app.core.vectors import Vectors
-from serve_app.service import Service
-from tests.service.fakes import CARD, FakeModel, FakeModels, bundled_tokenizer, card, made_up, never_answers
+from tests.service.fakes import (
+    AUTHORIZATION,
+    CARD,
+    KEY,
+    FakeModel,
+    FakeModels,
+    bundled_tokenizer,
+    card,
+    made_up,
+    never_answers,
+    service_over,
+)
 
 ID, NAME = CARD.id, CARD.name
 MAX_BODY_BYTES = 4_000_000
@@ -35,23 +45,23 @@ def app_of(*models: FakeModel, loading: dict[str, float] | None = None, **settin
 
 
 def app_over(models: FakeModels, *, request_timeout_s: float = 30.0, max_body_bytes: int = MAX_BODY_BYTES) -> ASGIApp:
-    return build_app(Service(models, request_timeout_s=request_timeout_s), max_body_bytes=max_body_bytes)
+    return build_app(service_over(models, request_timeout_s=request_timeout_s), max_body_bytes=max_body_bytes)
 
 
 @contextmanager
 def sdk(app: ASGIApp, *, max_retries: int = 0) -> Iterator[openai.OpenAI]:
     """OpenAI's client; the app runs in one event loop beside it."""
     with TestClient(app) as http:
-        yield openai.OpenAI(api_key="any", base_url="http://testserver/v1", http_client=http, max_retries=max_retries)
+        yield openai.OpenAI(api_key=KEY, base_url="http://testserver/v1", http_client=http, max_retries=max_retries)
 
 
 def async_sdk(app: ASGIApp, *, max_retries: int = 0) -> openai.AsyncOpenAI:
     http = httpx.AsyncClient(transport=httpx.ASGITransport(app))
-    return openai.AsyncOpenAI(api_key="any", base_url="http://test/v1", http_client=http, max_retries=max_retries)
+    return openai.AsyncOpenAI(api_key=KEY, base_url="http://test/v1", http_client=http, max_retries=max_retries)
 
 
 def plain(app: ASGIApp) -> httpx.AsyncClient:
-    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test")
+    return httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test", headers=AUTHORIZATION)
 
 
 @pytest.fixture
@@ -111,14 +121,14 @@ def test_float_and_base64_are_the_same_numbers(client: openai.OpenAI) -> None:
 
 
 def test_a_request_that_names_no_format_gets_floats() -> None:
-    with TestClient(app_of()) as http:
+    with TestClient(app_of(), headers=AUTHORIZATION) as http:
         response = http.post("/v1/embeddings", json={"model": ID, "input": "hello"})
     assert response.json()["data"][0]["embedding"] == pytest.approx(expected("hello")[0].tolist())
 
 
 @pytest.mark.parametrize("nothing", [{"encoding_format": None}, {"dimensions": None}, {"user": None}])
 def test_null_means_the_default(nothing: dict[str, None]) -> None:
-    with TestClient(app_of()) as http:
+    with TestClient(app_of(), headers=AUTHORIZATION) as http:
         response = http.post("/v1/embeddings", json={"model": ID, "input": "hello"} | nothing)
     assert response.json()["data"][0]["embedding"] == pytest.approx(expected("hello")[0].tolist())
 
@@ -334,7 +344,8 @@ class Caller:
 
     async def call(self, app: ASGIApp, **headers: str) -> int:
         """The status of the answer."""
-        sent = {"content-type": "application/json"} | {name.replace("_", "-"): value for name, value in headers.items()}
+        sent = {"content-type": "application/json", "authorization": AUTHORIZATION["Authorization"]}
+        sent |= {name.replace("_", "-"): value for name, value in headers.items()}
         scope: Scope = {
             "type": "http",
             "asgi": {"version": "3.0"},
@@ -499,7 +510,7 @@ async def test_ready_means_that_every_model_is() -> None:
     assert (empty.status_code, empty.json()) == (503, {"status": "not_ready", "models": {}})
 
 
-@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/openapi.json", "/docs", "/redoc"])
+@pytest.mark.parametrize("path", ["/health", "/ready", "/v1/models", "/openapi.json"])
 async def test_every_response_has_one_request_id(path: str) -> None:
     async with plain(app_of()) as http:
         response = await http.get(path, headers={"X-Request-Id": "mine-8"})
@@ -511,23 +522,22 @@ async def test_every_response_has_one_request_id(path: str) -> None:
 async def test_the_openapi_page_shows_every_route_and_what_it_answers() -> None:
     async with plain(app_of()) as http:
         page = (await http.get("/openapi.json")).json()
-        docs = await http.get("/docs")
     routes = {f"{method.upper()} {path}" for path, methods in page["paths"].items() for method in methods}
     assert routes == {
         "POST /v1/embeddings",
         "POST /v1/tokenize",
         "GET /v1/models",
         "GET /v1/models/{id}",
+        "GET /v1/usage",
         "GET /health",
         "GET /ready",
     }
     embeddings = page["paths"]["/v1/embeddings"]["post"]
-    assert set(embeddings["responses"]) == {"200", "400", "404", "413", "415", "500", "503", "504"}
+    assert set(embeddings["responses"]) == {"200", "400", "401", "404", "409", "413", "415", "429", "500", "503", "504"}
     assert "too_many_tokens" in embeddings["responses"]["400"]["description"]
     body = embeddings["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == {"model", "input", "encoding_format", "dimensions", "user"}
     assert set(body["required"]) == {"model", "input"}
-    assert "text/html" in docs.headers["content-type"]
 
 
 async def test_the_openapi_page_promises_no_answer_that_is_never_given() -> None:
@@ -536,4 +546,4 @@ async def test_the_openapi_page_promises_no_answer_that_is_never_given() -> None
     promised = {
         status for methods in page["paths"].values() for route in methods.values() for status in route["responses"]
     }
-    assert promised <= {"200", "400", "404", "413", "415", "500", "503", "504"}
+    assert promised <= {"200", "400", "401", "404", "409", "413", "415", "429", "500", "503", "504"}

@@ -7,6 +7,7 @@ import json
 import logging
 import re
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -18,12 +19,28 @@ from opentelemetry.sdk._logs import LoggerProvider
 from opentelemetry.sdk._logs.export import InMemoryLogRecordExporter, SimpleLogRecordProcessor
 
 from serve_app.api import build_app
+from serve_app.books import Clerk
+from serve_app.core import keys
 from serve_app.core.catalog import SizeClass
 from serve_app.core.errors import every_error
+from serve_app.core.idempotency import Begin, ClaimStep, Outcome
 from serve_app.core.truncation import Tokenized
 from serve_app.dispatch import Unit, UnitReply
-from serve_app.service import Service
-from tests.service.fakes import CARD, FakeModel, FakeModels, answers, bundled_tokenizer, card, never_answers
+from serve_app.stores import StoreDown
+from tests.service.fakes import (
+    AUTHORIZATION,
+    CARD,
+    KEY,
+    DeskClerk,
+    FakeModel,
+    FakeModels,
+    answers,
+    bundled_tokenizer,
+    card,
+    never_answers,
+    service_over,
+    shared_store,
+)
 
 MARKER = "quixotic"  # stands in every text that is sent here
 MODEL = CARD.id
@@ -39,25 +56,36 @@ CONTRACT = {
     "invalid_input": (400, "invalid_request_error"),
     "too_many_inputs": (400, "invalid_request_error"),
     "too_many_tokens": (400, "invalid_request_error"),
+    "invalid_idempotency_key": (400, "invalid_request_error"),
+    "invalid_api_key": (401, "authentication_error"),
     "model_not_found": (404, "not_found_error"),
     "route_not_found": (404, "not_found_error"),
     "method_not_allowed": (405, "invalid_request_error"),
+    "idempotency_conflict": (409, "invalid_request_error"),
+    "idempotency_in_progress": (409, "invalid_request_error"),
+    "rate_limit_exceeded": (429, "rate_limit_error"),
     "request_too_large": (413, "invalid_request_error"),
     "unsupported_media_type": (415, "invalid_request_error"),
     "internal_error": (500, "api_error"),
     "model_loading": (503, "service_unavailable"),
     "at_capacity": (503, "service_unavailable"),
+    "store_unavailable": (503, "service_unavailable"),
     "timeout": (504, "api_error"),
 }
 
 
 @dataclass(frozen=True, kw_only=True)
 class World:
-    """The service around a request. crowd: how many such requests came just before and are not answered yet."""
+    """The service around a request. settings: of the ingress. before: a body that was answered, with the same headers.
+
+    crowd: how many such requests came just before and are not answered yet.
+    """
 
     model: Callable[[], FakeModel] = FakeModel
     loading: dict[str, float] = field(default_factory=dict)
-    request_timeout_s: float = 30.0
+    settings: dict[str, Any] = field(default_factory=dict)
+    clerk: Callable[[], Clerk] = lambda: DeskClerk(shared_store())
+    before: dict[str, Any] | None = None
     crowd: int = 0
 
 
@@ -111,6 +139,17 @@ def in_a_full_queue() -> FakeModel:
     return FakeModel(card(unit_tokens=64), send=never_answers, max_pending_tokens=100)
 
 
+class OutOfOrder:
+    """See `books.Clerk`."""
+
+    async def run(self, step: ClaimStep) -> Outcome:
+        raise StoreDown(f"no {MARKER}")
+
+    async def wait(self, step: Begin, wait_s: float) -> Outcome:
+        raise StoreDown(f"no {MARKER}")
+
+
+NO_KEY = {"Authorization": ""}
 HELLO = asking(f"hello {MARKER}")
 DEEP = 990
 TABLE = [
@@ -284,6 +323,55 @@ TABLE = [
         resolved=True,
         world=World(model=lambda: FakeModel(card(size_class=SizeClass.XL))),
     ),
+    Row(
+        title="an idempotency key of nothing",
+        code="invalid_idempotency_key",
+        body=HELLO,
+        request_headers={"Idempotency-Key": ""},
+        says="1 to 255 printable ASCII",
+        resolved=True,
+    ),
+    # 401
+    *(
+        Row(title=f"{title} API key", code="invalid_api_key", body=HELLO, request_headers={"Authorization": header})
+        for title, header in {
+            "no": "",
+            "half an": f"Bearer {KEY[:-1]}",
+            "an unknown": f"Bearer {keys.mint(bytes(32))}",
+            "an API key of another scheme, not a bearer's": f"Basic {KEY}",
+        }.items()
+    ),
+    Row(title="no key on a path that is not there", path="/v1/nothing", code="invalid_api_key", request_headers=NO_KEY),
+    # 409, and the quota's 429
+    Row(
+        title="an idempotency key of another request",
+        code="idempotency_conflict",
+        body=HELLO,
+        request_headers={"Idempotency-Key": "UNIQUE"},
+        says="used for another request",
+        headers={"x-should-retry": "false"},
+        resolved=True,
+        world=World(before=asking("another text")),
+    ),
+    Row(
+        title="an idempotency key whose first call still runs",
+        code="idempotency_in_progress",
+        body=HELLO,
+        request_headers={"Idempotency-Key": "UNIQUE"},
+        headers={"retry-after": "15"},
+        resolved=True,
+        world=World(model=lambda: FakeModel(send=never_answers), settings={"duplicate_wait_s": 0.0}, crowd=1),
+    ),
+    Row(
+        title="more replies than a workspace may keep",
+        code="rate_limit_exceeded",
+        body=HELLO,
+        request_headers={"Idempotency-Key": "UNIQUE"},
+        says="kept for this workspace's replays",
+        headers={"retry-after": "60"},
+        resolved=True,
+        world=World(settings={"replay_records": 0}),
+    ),
     # 404, 405
     Row(
         title="an unknown model",
@@ -449,12 +537,21 @@ TABLE = [
         world=World(model=in_a_full_queue, crowd=FULL_QUEUE),
     ),
     Row(
+        title="a store that does not answer",
+        code="store_unavailable",
+        body=HELLO,
+        request_headers={"Idempotency-Key": "UNIQUE"},
+        headers={"retry-after": "1"},
+        resolved=True,
+        world=World(clerk=OutOfOrder, settings={"patience_s": 0.05}),
+    ),
+    Row(
         title="an encoder that does not answer",
         code="timeout",
         body=HELLO,
         says=r"No answer within 0\.05 s",
         resolved=True,
-        world=World(model=lambda: FakeModel(send=never_answers), request_timeout_s=0.05),
+        world=World(model=lambda: FakeModel(send=never_answers), settings={"request_timeout_s": 0.05}),
     ),
     Row(
         title="a tokenizer that does not answer",
@@ -462,7 +559,7 @@ TABLE = [
         path="/v1/tokenize",
         body=HELLO,
         resolved=True,
-        world=World(model=lambda: FakeModel(tokenize=never_tokenizes), request_timeout_s=0.05),
+        world=World(model=lambda: FakeModel(tokenize=never_tokenizes), settings={"request_timeout_s": 0.05}),
     ),
 ]
 
@@ -470,26 +567,34 @@ TABLE = [
 @asynccontextmanager
 async def served(world: World) -> AsyncIterator[tuple[httpx.AsyncClient, FakeModel]]:
     model = world.model()
-    service = Service(FakeModels(model, loading=world.loading), request_timeout_s=world.request_timeout_s)
+    service = service_over(FakeModels(model, loading=world.loading), clerk=world.clerk(), **world.settings)
     app = build_app(service, max_body_bytes=MAX_BODY_BYTES)
-    async with httpx.AsyncClient(transport=httpx.ASGITransport(app), base_url="http://test") as client:
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app), base_url="http://test", headers=AUTHORIZATION
+    ) as client:
         yield client, model
 
 
-async def send(client: httpx.AsyncClient, row: Row) -> httpx.Response:
-    body = json.dumps(row.body).encode() if isinstance(row.body, dict) else row.body
+async def send(client: httpx.AsyncClient, row: Row, unique: str, body: Any = None) -> httpx.Response:
+    """unique: what `UNIQUE` stands for in the row's headers."""
+    body = body or row.body
+    body = json.dumps(body).encode() if isinstance(body, dict) else body
     headers = {"Content-Type": "application/json", "X-Request-Id": "request-of-a-test", **row.request_headers}
+    headers = {name: value.replace("UNIQUE", unique) for name, value in headers.items()}
     return await client.request(row.method, row.path, content=body, headers=headers)
 
 
 async def answer_to(row: Row) -> httpx.Response:
+    unique = uuid.uuid4().hex
     async with served(row.world) as (client, model):
-        crowd = [asyncio.create_task(send(client, row)) for _ in range(row.world.crowd)]
+        if row.world.before:
+            assert (await send(client, row, unique, row.world.before)).status_code == 200
+        crowd = [asyncio.create_task(send(client, row, unique)) for _ in range(row.world.crowd)]
         for _ in range(1000):
             if model.dispatcher.pending_sequences == row.world.crowd:
                 break
             await asyncio.sleep(0.001)
-        response = await send(client, row)
+        response = await send(client, row, unique)
         for task in crowd:
             task.cancel()
         await asyncio.gather(*crowd, return_exceptions=True)
@@ -517,7 +622,7 @@ async def test_an_error_has_its_headers_and_each_once(row: Row) -> None:
     assert len(response.headers.get_list("server-timing")) == 1
     assert re.search(r"\btotal;dur=\d+\.\d\d$", response.headers["server-timing"])
     assert response.headers.get_list("x-model-fingerprint") == [CARD.fingerprint] * row.resolved
-    for name in ("retry-after", "allow", "connection"):
+    for name in ("retry-after", "allow", "connection", "x-should-retry"):
         assert response.headers.get_list(name) == ([row.headers[name]] if name in row.headers else [])
 
 
@@ -586,7 +691,7 @@ async def test_the_first_thing_wrong_decides(body: dict[str, Any], code: str) ->
 
 
 async def test_a_failed_request_leaves_nothing_in_the_queue() -> None:
-    world = World(model=lambda: FakeModel(send=never_answers), request_timeout_s=0.05)
+    world = World(model=lambda: FakeModel(send=never_answers), settings={"request_timeout_s": 0.05})
     async with served(world) as (client, model):
         assert (await client.post("/v1/embeddings", json=HELLO)).status_code == 504
         assert model.dispatcher.pending_sequences == 0

@@ -10,17 +10,20 @@ from schemathesis import Case
 from schemathesis.config import SchemathesisConfig
 
 from serve_app.api import build_app
-from serve_app.service import Service
-from tests.service.fakes import CARD, FakeModel, FakeModels
+from tests.service.fakes import AUTHORIZATION, CARD, KEY, FakeModel, FakeModels, service_over
 
-APP = build_app(Service(FakeModels(FakeModel()), request_timeout_s=30.0), max_body_bytes=1_000_000)
+APP = build_app(service_over(FakeModels(FakeModel())), max_body_bytes=1_000_000)
+DAYS = {"from": "2026-01-01", "to": "2026-12-31"}
 some_examples = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
 )
 
 
 def page_with(config: dict[str, Any]) -> Any:
-    return schemathesis.openapi.from_asgi("/openapi.json", APP, config=SchemathesisConfig.from_dict(config))
+    config |= {"auth": {"openapi": {"key": {"bearer": KEY}}}}
+    return schemathesis.openapi.from_asgi(
+        "/openapi.json", APP, config=SchemathesisConfig.from_dict(config), headers=AUTHORIZATION
+    )
 
 
 # How many dimensions a model has, no schema tells: some of what it allows is refused.
@@ -46,6 +49,17 @@ def about_what_that_model_has(context: Any, body: dict[str, Any]) -> dict[str, A
 @ALLOWED.hook("map_path_parameters")
 def on_the_path_too(context: Any, path_parameters: dict[str, Any] | None) -> dict[str, Any] | None:
     return path_parameters and {"id": CARD.id}
+
+
+@ALLOWED.hook("map_headers")
+def without_a_key_that_may_be_used(context: Any, headers: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A key that was used for another body is refused, and no schema tells which those are."""
+    return headers and {name: value for name, value in headers.items() if name != "Idempotency-Key"}
+
+
+@ALLOWED.hook("map_query")
+def over_days_that_there_are(context: Any, query: dict[str, Any] | None) -> dict[str, Any] | None:
+    return query and {name: DAYS.get(name, value) for name, value in query.items()}
 
 
 @ANYTHING.parametrize()

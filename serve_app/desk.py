@@ -38,6 +38,7 @@ class Desk:
 
     def __init__(self, store: Store, *, cache_bytes: int, waiters_per_key: int, waiters: int) -> None:
         self._write: Gather[Step, Outcome] = Gather(store.run, max_items=BATCH)
+        self._claim: Gather[Step, Outcome] = Gather(store.run, max_items=BATCH)  # apart: a full Redis refuses no more
         self._replies = _Replies(cache_bytes)
         self._waiters_per_key = waiters_per_key
         self._most_waiters = waiters
@@ -61,7 +62,7 @@ class Desk:
     async def _run(self, step: ClaimStep) -> Outcome:
         if isinstance(step, Begin) and (known := self._replies.find(step)):
             return known
-        outcome = await self._write(step)
+        outcome = await (self._claim if isinstance(step, Begin) else self._write)(step)
         if isinstance(step, Begin) and isinstance(outcome, Replay):
             self._replies.keep(step.claim, step.fingerprint, outcome)
         if isinstance(step, Complete | Abandon) and isinstance(outcome, Settled | Replay | Freed | Fenced):

@@ -21,7 +21,7 @@ from serve_app.core.settings import IdempotencySettings
 from serve_app.deployments.nodes import check_nodes
 from serve_app.desk import Desk
 from serve_app.gather import Gather
-from serve_app.stores import StoreDown, open_store
+from serve_app.stores import Store, StoreDown, open_store
 from serve_app.stores.blobs import Blobs
 
 UPKEEP_S = 60.0
@@ -59,7 +59,7 @@ class IdempotencyReplica:
         async with self._opening:
             if self._desk is None:
                 check_nodes(self._settings.store)
-                self._store = await open_store(self._settings.store)
+                self._store = await self.store()
                 self._desk = Desk(
                     self._store,
                     cache_bytes=self._settings.cache_bytes,
@@ -69,6 +69,10 @@ class IdempotencyReplica:
                 if self._shard == 0:  # one is enough
                     self._upkeep = asyncio.create_task(self._keep_up())
         return self._desk
+
+    async def store(self) -> Store:
+        """Where this shard writes."""
+        return await open_store(self._settings.store)
 
     async def check_health(self) -> None:
         """Opens the store, too: the actor works from its start, and not from its first call."""

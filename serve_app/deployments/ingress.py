@@ -38,14 +38,7 @@ class IngressReplica:
         if is_local(settings.store):
             await demo.make(store, demo.key_path(settings.store), now_ms=_now_ms())
         models = LiveModels(max_pending_tokens=settings.max_pending_tokens)
-        service = Service(
-            models,
-            Accounts(store, now_ms=_now_ms, patience_s=settings.patience_s),
-            self.books(store),
-            settings.rates,
-            now_ms=_now_ms,
-            request_timeout_s=settings.request_timeout_s,
-        )
+        service = self.service(models, store)
 
         @asynccontextmanager
         async def lifespan(_: FastAPI) -> AsyncIterator[None]:
@@ -55,11 +48,19 @@ class IngressReplica:
             watch.cancel()
             await store.close()
 
-        return _without_request_id(build_app(service, max_body_bytes=self._settings.max_body_bytes, lifespan=lifespan))
+        return _without_request_id(build_app(service, max_body_bytes=settings.max_body_bytes, lifespan=lifespan))
 
-    def books(self, store: Store) -> Books:
-        """Where this ingress writes what it did."""
-        return Books(store, Clerks(), Blobs(Path(self._settings.blobs)), self._settings)
+    def service(self, models: LiveModels, store: Store) -> Service:
+        """What answers the requests of this ingress."""
+        settings = self._settings
+        return Service(
+            models,
+            Accounts(store, now_ms=_now_ms, patience_s=settings.patience_s),
+            Books(store, Clerks(), Blobs(Path(settings.blobs)), settings),
+            settings.rates,
+            now_ms=_now_ms,
+            request_timeout_s=settings.request_timeout_s,
+        )
 
 
 def _now_ms() -> int:

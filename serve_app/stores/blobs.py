@@ -36,6 +36,7 @@ class Blobs:
             os.fsync(file.fileno())
         draft.rename(path)
         _sync_folder(path.parent)
+        _sync_folder(self._folder)  # which may have got a new folder for it
 
     def read(self, name: str) -> bytes | None:
         """None: it is not there (any more)."""

@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 import orjson
 
-from serve_app.core.idempotency import Begin, Emit, Emitted, Holdings, Outcome, Record, Step, Stored, decide
+from serve_app.core.idempotency import Begin, Emit, Emitted, Holdings, Outcome, OverQuota, Record, Step, Stored, decide
 from serve_app.core.keys import ApiKey, Plan, Workspace
 from serve_app.core.ledger import Kind, Recorded, UsageEvent, UsageLine
 from serve_app.core.reservations import Reservation
@@ -247,11 +247,12 @@ class SqliteStore:
         if isinstance(step, Emit):
             return Emitted(new=_append(db, step.event))
         now_ms = self._now_ms()
-        if isinstance(step, Begin):
-            _forget(db, step.workspace, now_ms)
+        more = isinstance(step, Begin) and _forget(db, step.workspace, now_ms) == FORGET
         row = db.execute(f"select {_COLUMNS}, body, blob from records where claim = ?", (step.claim,)).fetchone()
         before = _record(row) if row else None
         decision = decide(before, step, now_ms, _holdings(db, step.workspace, expired=before, now_ms=now_ms))
+        if more and isinstance(decision.outcome, OverQuota):
+            return self._step(db, step)  # what has expired must not count against anybody
         if decision.record is None:
             db.execute("delete from records where claim = ?", (step.claim,))
         elif decision.record is not before:
@@ -338,12 +339,13 @@ def _append(db: sqlite3.Connection, event: UsageEvent) -> bool:
     return True
 
 
-def _forget(db: sqlite3.Connection, workspace: str, now_ms: int) -> None:
-    db.execute(
+def _forget(db: sqlite3.Connection, workspace: str, now_ms: int) -> int:
+    """Expired records of the workspace, a few at a time: how many."""
+    return db.execute(
         "delete from records where claim in"
         f" (select claim from records where workspace = ? and expires_ms <= ? limit {FORGET})",
         (workspace, now_ms),
-    )
+    ).rowcount
 
 
 def _holdings(db: sqlite3.Connection, workspace: str, *, expired: Record | None, now_ms: int) -> Holdings:

@@ -8,7 +8,21 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from serve_app.core.errors import AtCapacity, InvalidInput, ServiceError, did_you_mean, every_error, shown
+from serve_app.core import errors
+from serve_app.core.errors import (
+    AtCapacity,
+    IdempotencyConflict,
+    IdempotencyInProgress,
+    InvalidAPIKey,
+    InvalidIdempotencyKey,
+    InvalidInput,
+    RateLimitExceeded,
+    ServiceError,
+    StoreUnavailable,
+    did_you_mean,
+    every_error,
+    shown,
+)
 
 quick = settings(max_examples=100, deadline=None)
 
@@ -55,7 +69,26 @@ def test_no_two_errors_share_a_code() -> None:
 @pytest.mark.parametrize("error", ERRORS)
 def test_each_error_says_what_the_caller_can_do_and_whether_to_try_again(error: type[ServiceError]) -> None:
     assert error.advice.endswith(".")
-    assert error.retryable == (error.status >= 500)
+    assert error.retryable == (error.status >= 500 or error in (RateLimitExceeded, IdempotencyInProgress))
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_the_openai_sdk_retries_what_may_be_retried_and_nothing_else(error: type[ServiceError]) -> None:
+    by_itself = error.status in (408, 409, 429) or error.status >= 500
+    told = {"true": True, "false": False, None: by_itself}[error("No.").headers().get("x-should-retry")]
+    assert told == error.retryable
+    assert error.should_retry is None or told != by_itself  # only where it would do the wrong thing
+
+
+@pytest.mark.parametrize("error", ERRORS)
+def test_each_error_stands_in_the_tree_of_the_docstring(error: type[ServiceError]) -> None:
+    assert errors.__doc__
+    assert re.search(rf"\b{error.__name__}\b", errors.__doc__)
+    assert f"({error.status})" in errors.__doc__
+
+
+def test_only_scopes_and_the_spend_cap_are_still_to_come() -> None:
+    assert CONTRACT.keys() - {error.code for error in every_error()} == {"model_not_allowed", "plan_limit_exceeded"}
 
 
 @pytest.mark.parametrize("error", ERRORS)
@@ -67,6 +100,24 @@ def test_the_body_has_all_four_fields_and_nothing_else(error: type[ServiceError]
 
 def test_waiting_is_only_advised_where_it_helps() -> None:
     assert InvalidInput("No.").headers() == {}
+    assert InvalidAPIKey("No.").headers() == {}
+    assert InvalidIdempotencyKey("No.").headers() == {}
+
+
+def test_a_key_of_another_request_is_not_retried_and_one_that_still_runs_is() -> None:
+    assert IdempotencyConflict("Another request's.").headers() == {"x-should-retry": "false"}
+    assert IdempotencyInProgress("Still runs.", retry_after_s=0.2).headers() == {"Retry-After": "1"}
+
+
+def test_both_headers_may_be_sent() -> None:
+    both = IdempotencyConflict("Another request's.", retry_after_s=3).headers()
+    assert both == {"x-should-retry": "false", "Retry-After": "3"}
+
+
+@pytest.mark.parametrize("error", [RateLimitExceeded, StoreUnavailable, IdempotencyInProgress])
+def test_who_must_wait_is_told_how_long(error: type[ServiceError]) -> None:
+    assert "`Retry-After`" in error.advice
+    assert error("Later.", retry_after_s=7.5).headers() == {"Retry-After": "8"}
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,326 @@
+"""The Redis store's atomic steps, as Lua: the table of `core/idempotency.py`, and the ledger's part of the same write.
+
+A script has no rollback, so its checks come first, then the one write that can fail (the event's), then the rest.
+Keys are made from KEYS[1], the prefix of a shard: they all carry its hash tag, and lie in one slot of a cluster.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import dataclass, field
+
+from serve_app.core.idempotency import GRACE_MS, REPLAY_MS, RUNNING_MS
+
+FORGET = 64  # expired records of a workspace that a new one sweeps out
+SLACK_MS = 3600 * 1000  # Redis itself drops a record so long after it expired, if nobody did before
+SEEN_MS = 3600 * 1000  # how long a bill may be tried again; callers give up within minutes
+HOUR_SEEN_MS = 40 * 24 * 3600 * 1000  # a reserved hour may be found unbilled until its month is closed
+
+
+@dataclass(frozen=True, slots=True)
+class Script:
+    text: str
+    sha: str = field(init=False)
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "sha", hashlib.sha1(self.text.encode()).hexdigest())  # Redis's name for it
+
+
+# With `allow-oom`, what must go on when memory is full: to finish, to free, to hand events on and remove them.
+_ALWAYS, _UNLESS_FULL, _READ = "#!lua flags=allow-oom", "#!lua", "#!lua flags=no-writes"
+
+_NOW = """
+local shard = KEYS[1]
+local function clock()  -- the server's, or the test's
+  if ARGV[1] ~= '' then return tonumber(ARGV[1]) end
+  local time = redis.call('TIME')
+  return time[1] * 1000 + math.floor(time[2] / 1000)
+end
+local now = clock()
+"""
+
+# held: claims by when they expire. sizes: bytes by claim. total: their sum. holders: workspaces that hold any.
+_HELD = (
+    f"""
+local RUNNING_MS, KEPT_MS, SLACK_MS, FORGET = {RUNNING_MS}, {REPLAY_MS + GRACE_MS}, {SLACK_MS}, {FORGET}
+"""
+    + """
+local function record_of(claim) return shard .. 'record:' .. claim end
+local function held_by(workspace) return shard .. 'held:' .. workspace end
+local function sizes_of(workspace) return shard .. 'sizes:' .. workspace end
+local function total_of(workspace) return shard .. 'total:' .. workspace end
+
+local function keep(workspace, claim, expires_ms)
+  redis.call('HSET', record_of(claim), 'expires_ms', expires_ms)
+  redis.call('PEXPIRE', record_of(claim), expires_ms - now + SLACK_MS)
+  redis.call('ZADD', held_by(workspace), expires_ms, claim)
+  redis.call('SADD', shard .. 'holders', workspace)
+end
+
+local function count(workspace, claim, bytes)
+  local before = redis.call('HGET', sizes_of(workspace), claim) or 0
+  redis.call('INCRBY', total_of(workspace), bytes - before)
+  redis.call('HSET', sizes_of(workspace), claim, bytes)
+end
+
+local function drop(workspace, claim)
+  count(workspace, claim, 0)
+  redis.call('HDEL', sizes_of(workspace), claim)
+  redis.call('ZREM', held_by(workspace), claim)
+  redis.call('DEL', record_of(claim))
+  if redis.call('EXISTS', held_by(workspace)) == 0 then
+    redis.call('DEL', total_of(workspace))
+    redis.call('SREM', shard .. 'holders', workspace)
+  end
+end
+
+local function forget(workspace, limit)
+  local expired = redis.call('ZRANGEBYSCORE', held_by(workspace), '-inf', now, 'LIMIT', 0, limit)
+  for _, claim in ipairs(expired) do drop(workspace, claim) end
+  return #expired
+end
+"""
+)
+
+# Every step of a record: ARGV is now, workspace, claim, attempt or op, and what the step alone needs.
+_RECORD = """
+local workspace, claim = ARGV[2], ARGV[3]
+local record = record_of(claim)
+local function find()
+  local r = redis.call('HMGET', record, 'state', 'fingerprint', 'op', 'attempt', 'attempts', 'lease_ms', 'expires_ms')
+  if not r[1] then return nil end
+  if tonumber(r[7]) <= now then
+    drop(workspace, claim)
+    return nil
+  end
+  return {done = r[1] == 'done', fingerprint = r[2], op = r[3], attempt = r[4], attempts = tonumber(r[5]),
+          lease_ms = tonumber(r[6])}
+end
+local function replay(found)
+  local reply = redis.call('HMGET', record, 'body', 'blob')
+  return {'replay', found.op, reply[1], reply[2]}
+end
+"""
+
+# An event is five arguments: id, JSON, quantity, day, and what else its line of the day's sums goes by.
+_APPEND = """
+local function append(at)
+  local json, quantity, day, line = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
+  local sequence = (redis.call('GET', shard .. 'last') or 0) + 1
+  redis.call('XADD', shard .. 'events', string.format('%d-0', sequence), 'event', json, 'quantity', quantity)
+  redis.call('INCR', shard .. 'last')
+  redis.call('ZADD', shard .. 'days', 0, ARGV[2] .. ' ' .. day)
+  local sums = shard .. 'usage:' .. ARGV[2] .. ' ' .. day
+  redis.call('HINCRBY', sums, 'events:' .. line, 1)
+  redis.call('HINCRBY', sums, 'quantity:' .. line, quantity)
+end
+local function append_once(at, seen_ms)
+  local seen = shard .. 'seen:' .. ARGV[at]
+  if redis.call('EXISTS', seen) == 1 then return 0 end
+  append(at)
+  redis.call('SET', seen, 1, 'PX', seen_ms)
+  return 1
+end
+"""
+
+
+def _script(*parts: str) -> Script:
+    return Script("\n".join(parts))
+
+
+BEGIN = _script(
+    _UNLESS_FULL,
+    _NOW,
+    _HELD,
+    _RECORD,
+    """
+local attempt, op, fingerprint, lease_ms = ARGV[4], ARGV[5], ARGV[6], now + ARGV[7]
+local reserve_bytes, max_bytes, max_records = tonumber(ARGV[8]), tonumber(ARGV[9]), tonumber(ARGV[10])
+forget(workspace, FORGET)
+local found = find()
+if not found then
+  repeat
+    local records = redis.call('ZCARD', held_by(workspace))
+    local bytes = tonumber(redis.call('GET', total_of(workspace)) or 0)
+    local fits = records + 1 <= max_records and bytes + reserve_bytes <= max_bytes
+    if not fits and forget(workspace, FORGET) == 0 then return {'over_quota', records, bytes} end
+  until fits
+  redis.call('HSET', record, 'state', 'running', 'workspace', workspace, 'fingerprint', fingerprint, 'op', op,
+             'attempt', attempt, 'attempts', 1, 'lease_ms', lease_ms, 'bytes', reserve_bytes)
+  keep(workspace, claim, now + RUNNING_MS)
+  count(workspace, claim, reserve_bytes)
+  return {'proceed', op, 1}
+end
+if found.fingerprint ~= fingerprint then return {'mismatch'} end
+if found.done then return replay(found) end
+if found.attempt == attempt then
+  redis.call('HSET', record, 'lease_ms', lease_ms)
+  keep(workspace, claim, now + RUNNING_MS)
+  return {'proceed', found.op, found.attempts}
+end
+if found.lease_ms <= now then
+  redis.call('HSET', record, 'attempt', attempt, 'attempts', found.attempts + 1, 'lease_ms', lease_ms)
+  keep(workspace, claim, now + RUNNING_MS)
+  return {'proceed', found.op, found.attempts + 1}
+end
+return {'busy', found.lease_ms - now}
+""",
+)
+
+RENEW = _script(
+    _ALWAYS,
+    _NOW,
+    _HELD,
+    _RECORD,
+    """
+local found = find()
+if not found then return {'fenced'} end
+if found.done then return {'ignored'} end
+if found.attempt ~= ARGV[4] then return {'fenced'} end
+redis.call('HSET', record, 'lease_ms', now + ARGV[5])
+keep(workspace, claim, now + RUNNING_MS)
+return {'renewed'}
+""",
+)
+
+COMPLETE = _script(
+    _ALWAYS,
+    _NOW,
+    _HELD,
+    _RECORD,
+    _APPEND,
+    """
+local bytes, kind, reply, tokens = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
+local found = find()
+if not found or found.op ~= ARGV[4] then return {'fenced'} end
+if found.done then return replay(found) end
+if ARGV[9] then append(9) end
+redis.call('HSET', record, 'state', 'done', kind, reply, 'bytes', bytes, 'tokens', tokens)
+keep(workspace, claim, now + KEPT_MS)
+count(workspace, claim, bytes)
+return {'settled'}
+""",
+)
+
+ABANDON = _script(
+    _ALWAYS,
+    _NOW,
+    _HELD,
+    _RECORD,
+    """
+local found = find()
+if not found or found.done or found.attempt ~= ARGV[4] then return {'ignored'} end
+drop(workspace, claim)
+return {'freed'}
+""",
+)
+
+EMIT = _script(_ALWAYS, _NOW, _APPEND, f"return {{'emitted', append_once(3, {SEEN_MS})}}")
+
+HOLDINGS = _script(
+    _READ,
+    _NOW,
+    _HELD,
+    """
+local held, sizes = held_by(ARGV[2]), sizes_of(ARGV[2])
+local bytes = tonumber(redis.call('GET', total_of(ARGV[2])) or 0)
+for _, claim in ipairs(redis.call('ZRANGEBYSCORE', held, '-inf', now)) do
+  bytes = bytes - redis.call('HGET', sizes, claim)
+end
+return {redis.call('ZCOUNT', held, '(' .. string.format('%d', now), '+inf'), bytes}
+""",
+)
+
+PURGE = _script(
+    _ALWAYS,
+    _NOW,
+    _HELD,
+    """
+local left = tonumber(ARGV[2])
+for _, workspace in ipairs(redis.call('SMEMBERS', shard .. 'holders')) do
+  if left == 0 then break end
+  left = left - forget(workspace, left)
+end
+return ARGV[2] - left
+""",
+)
+
+# ARGV: sink, sequence, events, quantity, and sequence and letter of each dead one.
+ADVANCE = _script(
+    _ALWAYS,
+    """
+local cursor, dead = KEYS[1] .. 'cursor:' .. ARGV[1], KEYS[1] .. 'dead:' .. ARGV[1]
+if tonumber(ARGV[2]) <= tonumber(redis.call('HGET', cursor, 'sequence') or 0) then return 0 end
+redis.call('HSET', cursor, 'sequence', ARGV[2], 'events', ARGV[3], 'quantity', ARGV[4])
+for at = 5, #ARGV, 2 do redis.call('HSET', dead, ARGV[at], ARGV[at + 1]) end
+return 1
+""",
+)
+
+# ARGV: sink, sequence, quantity.
+BURY = _script(
+    _ALWAYS,
+    """
+local cursor, dead = KEYS[1] .. 'cursor:' .. ARGV[1], KEYS[1] .. 'dead:' .. ARGV[1]
+if redis.call('HDEL', dead, ARGV[2]) == 0 then return 0 end
+redis.call('HINCRBY', cursor, 'events', 1)
+redis.call('HINCRBY', cursor, 'quantity', ARGV[3])
+return 1
+""",
+)
+
+# ARGV: through, and how many at most. Answers how many went.
+TRIM = _script(
+    _ALWAYS,
+    """
+local events, trimmed = KEYS[1] .. 'events', KEYS[1] .. 'trimmed'
+local gone = redis.call('XRANGE', events, '-', ARGV[1] .. '-0', 'COUNT', ARGV[2])
+if #gone == 0 then return 0 end
+local last = tonumber(string.match(gone[#gone][1], '^%d+'))
+redis.call('XTRIM', events, 'MINID', string.format('%d-0', last + 1))
+redis.call('HSET', trimmed, 'sequence', last)
+redis.call('HINCRBY', trimmed, 'events', #gone)
+for _, entry in ipairs(gone) do redis.call('HINCRBY', trimmed, 'quantity', entry[2][4]) end
+return #gone
+""",
+)
+
+# ARGV: nothing, workspace, id, reservation ('' once it is settled), events.
+PUT_RESERVATION = _script(
+    _ALWAYS,
+    "local shard = KEYS[1]",
+    _APPEND,
+    f"for at = 5, #ARGV, 5 do append_once(at, {HOUR_SEEN_MS}) end",
+    """
+if ARGV[4] == '' then
+  redis.call('HDEL', shard .. 'reservations', ARGV[3])
+else
+  redis.call('HSET', shard .. 'reservations', ARGV[3], ARGV[4])
+end
+return 1
+""",
+)
+
+# KEYS: the table. ARGV: id, workspace, whether it must be the first.
+ADD_WORKSPACE = _script(
+    _UNLESS_FULL,
+    """
+if ARGV[3] == '1' and redis.call('HLEN', KEYS[1]) > 0 then return 0 end
+return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
+""",
+)
+
+SCRIPTS = (
+    BEGIN,
+    RENEW,
+    COMPLETE,
+    ABANDON,
+    EMIT,
+    HOLDINGS,
+    PURGE,
+    ADVANCE,
+    BURY,
+    TRIM,
+    PUT_RESERVATION,
+    ADD_WORKSPACE,
+)

@@ -1,7 +1,7 @@
 """Meters reserved GPUs: start and stop records of what is kept warm, and a bill for each hour of it.
 
-Billed is what was seen: a reservation that ended while nobody looked, ended when it was seen last. The store keeps the
-record and the bills it led to in one write, so a meter that dies bills nothing twice and forgets at most one look.
+What is there at one look and at the next was there in between; what ended while nobody looked, ended when it was seen
+last. The store keeps the record and its bills in one write, so a meter that dies bills nothing twice.
 """
 
 from __future__ import annotations
@@ -41,10 +41,13 @@ class Meter:
             )
         after += [_started(there[what], now_ms) for what in there.keys() - going_on.keys()]
         for reservation in after:
-            if reservation.workspace not in workspaces:
-                logger.error("%s is reserved by %s, which is no workspace", reservation.model, reservation.workspace)
+            workspace = workspaces.get(reservation.workspace)
+            if workspace is None or not workspace.plan.has_keys:
+                logger.error(
+                    "%s is reserved by %s, which is no workspace on a plan", reservation.model, reservation.workspace
+                )
                 continue
-            billed, events = bill(reservation, workspaces[reservation.workspace], self._rates, now_ms)
+            billed, events = bill(reservation, workspace, self._rates, now_ms)
             await self._store.put_reservation(billed, events)
 
 

@@ -71,6 +71,8 @@ class Relay:
             try:
                 brought = await self._bring(name, shard)
                 failures, empty = (0, 0) if brought else (failures, empty + 1)
+                if brought or empty == SHARDS:
+                    self._up_ms[name] = self._now_ms()
             except Exception as error:
                 failures += not isinstance(error, StoreDown)
                 pause_s = self._pause_s(failures, error)
@@ -87,14 +89,9 @@ class Relay:
             batch = await self._store.events(shard, cursor.sequence, MAX_BATCH)
             if batch:
                 refused = await self._sinks[name].deliver(shard, batch)
-                seen, cursor = cursor.sequence, await self._store.cursor(name, shard)
-                if cursor.sequence != seen:  # by another relay: what it left comes in the next batch
-                    return True
-                # The counts are those of this moment: an operator may have buried dead letters during the delivery.
-                await self._store.advance(name, shard, _after(cursor, batch, refused), _dead(shard, refused))
+                await self._store.advance(name, shard, cursor, _after(cursor, batch, refused), _dead(shard, refused))
                 for refusal in refused:
                     logger.error("sink %s refuses event %s: %s", name, refusal.recorded.event.id, refusal.reason)
-        self._up_ms[name] = self._now_ms()
         return bool(batch)
 
     def _pause_s(self, failures: int, error: Exception) -> float:

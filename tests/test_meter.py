@@ -98,6 +98,8 @@ async def test_a_workspace_that_does_not_exist_stops_nobody_elses_meter(
     store: Store, caplog: pytest.LogCaptureFixture
 ) -> None:
     unknown = card(id="other", name="other", reserved_by="ws_unknown", reserved_milli_gpus=1000)
-    await watch(store, [unknown, HALF_A_GPU], 0, 60, every=60)
+    await store.add_workspace(Workspace(id="ws_starter", name="s", plan=Plan.STARTER, created_ms=1))
+    starter = card(id="third", name="third", reserved_by="ws_starter", reserved_milli_gpus=1000)
+    await watch(store, [unknown, starter, HALF_A_GPU], 0, 60, every=60)
     assert len(await events(store)) == 1
-    assert "which is no workspace" in caplog.text
+    assert caplog.text.count("which is no workspace on a plan") == 4

@@ -143,7 +143,7 @@ def hour_event_id(workspace: str, reservation: str, hour_start_ms: int) -> str:
 def cloud_event(recorded: Recorded, source: str) -> dict[str, Any]:
     """CloudEvents 1.0, as JSON fields. `source` + `id` are unique; `sequence` has no gaps within a `source`."""
     event = recorded.event
-    data = {
+    data = event.details | {  # in this order: no detail may pass for what is billed
         "version": EVENT_VERSION,
         "workspace": event.workspace,
         "kind": event.kind.value,
@@ -157,7 +157,6 @@ def cloud_event(recorded: Recorded, source: str) -> dict[str, Any]:
         "model": event.model,
         "size_class": event.size_class,
         "api_key": event.api_key or None,
-        **event.details,
     }
     if event.kind is Kind.TOKENS:
         data["input_tokens"] = event.quantity

@@ -12,7 +12,7 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import ConfigDict, Field
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
@@ -33,6 +33,8 @@ logger = logging.getLogger(__name__)
 
 class UsageSettings(StoreSettings):
     """The `args` of the usage application."""
+
+    model_config = ConfigDict(hide_input_in_errors=True)  # it may be a sink's secret under a mistyped name
 
     sinks: tuple[SinkSettings, ...] = ()
     """Where events go; each sink has a cursor of its own."""

@@ -9,12 +9,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
-from typing import Annotated, Protocol
+from typing import Annotated, Literal, Protocol
 
-from pydantic import Field
+from pydantic import ConfigDict, Field, SecretStr
 
 from serve_app.core.ledger import Recorded
-from serve_app.core.settings import StrictModel
+from serve_app.core.strict import StrictModel
+
+MAX_BATCH = 500  # events that are brought to a sink at once, and so the most that come again after a crash
 
 
 class SinkDown(Exception):
@@ -40,13 +42,16 @@ class Refused:
 class SinkSettings(StrictModel):
     """One entry of `sinks` in the usage application's `args`."""
 
+    model_config = ConfigDict(hide_input_in_errors=True)  # it may be a secret under a mistyped name
+
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
     """Its cursor goes by this name: a sink that is renamed gets everything again."""
     url: str
     """`jsonl:FOLDER`, or `https://...` of a webhook."""
-    secret: str | None = None
-    """Signs webhook calls: `whsec_...`, or `env:NAME` to read it from the environment of the usage actor."""
-    mode: Annotated[str, Field(pattern=r"^(batch|structured)$")] = "batch"
+    secret: SecretStr | None = None
+    """Signs webhook calls: `whsec_...`, or `env:NAME` to read it from the environment of the usage actor. While it is
+    being changed there may be several, with spaces between them: the call is signed with each."""
+    mode: Literal["batch", "structured"] = "batch"
     """CloudEvents over HTTP: an array of events a call, or one event."""
     allow_private: bool = False
     """Allow a webhook at a private, loopback or link-local address, and plain http."""

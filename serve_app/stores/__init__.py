@@ -108,8 +108,10 @@ class Store(Protocol):
 
     async def cursor(self, sink: str, shard: int) -> Cursor: ...
 
-    async def advance(self, sink: str, shard: int, cursor: Cursor, dead: Sequence[DeadLetter] = ()) -> None:
-        """Acknowledge up to there. Dead letters are kept in the same atomic write. A cursor never goes back."""
+    async def advance(
+        self, sink: str, shard: int, before: Cursor, after: Cursor, dead: Sequence[DeadLetter] = ()
+    ) -> None:
+        """Acknowledge from there to there, unless somebody else has; counts are added. With dead letters, atomically."""
         ...
 
     async def dead_letters(self, sink: str) -> list[DeadLetter]: ...

@@ -12,9 +12,8 @@ from pathlib import Path
 
 from serve_app.core.idempotency import GRACE_MS, REPLAY_MS, RUNNING_MS
 
-KEEP_MS = (
-    REPLAY_MS + GRACE_MS + RUNNING_MS
-)  # the record expires 24 h and 5 min after it is written, at most an hour later
+# A record expires 24 h and 5 min after it is written, and that is at most an hour after its file.
+KEEP_MS = REPLAY_MS + GRACE_MS + RUNNING_MS
 _NAME = re.compile(r"[0-9a-f]{32}-[0-9a-f]{32}")
 
 
@@ -30,11 +29,15 @@ class Blobs:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         draft = path.with_suffix(".part")
         descriptor = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        draft.rename(path)
+        try:
+            with os.fdopen(descriptor, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+            draft.rename(path)
+        except OSError:
+            draft.unlink(missing_ok=True)  # a full disk needs the room
+            raise
         _sync_folder(path.parent)
         _sync_folder(self._folder)  # which may have got a new folder for it
 

@@ -130,10 +130,14 @@ class RedisStore:
         (row,) = await self._client.ask(("HMGET", f"{prefix(shard)}cursor:{sink}", "sequence", "events", "quantity"))
         return wire.cursor(row)
 
-    async def advance(self, sink: str, shard: int, cursor: Cursor, dead: Sequence[DeadLetter] = ()) -> None:
+    async def advance(
+        self, sink: str, shard: int, before: Cursor, after: Cursor, dead: Sequence[DeadLetter] = ()
+    ) -> None:
         letters = [part for letter in dead for part in (letter.recorded.sequence, wire.letter(letter))]
-        to = (cursor.sequence, cursor.events, cursor.quantity)
-        await self._client.ask(call(scripts.ADVANCE, prefix(shard), sink, *to, *letters))
+        more = (after.events - before.events, after.quantity - before.quantity)
+        await self._client.ask(
+            call(scripts.ADVANCE, prefix(shard), sink, before.sequence, after.sequence, *more, *letters)
+        )
 
     async def dead_letters(self, sink: str) -> list[DeadLetter]:
         shards = await self._client.ask(*(("HGETALL", f"{prefix(shard)}dead:{sink}") for shard in range(SHARDS)))

@@ -245,14 +245,16 @@ return ARGV[2] - left
 """,
 )
 
-# ARGV: sink, sequence, events, quantity, and sequence and letter of each dead one.
+# ARGV: sink, sequence before and after, events and quantity more, and sequence and letter of each dead one.
 ADVANCE = _script(
     _ALWAYS,
     """
 local cursor, dead = KEYS[1] .. 'cursor:' .. ARGV[1], KEYS[1] .. 'dead:' .. ARGV[1]
-if tonumber(ARGV[2]) <= tonumber(redis.call('HGET', cursor, 'sequence') or 0) then return 0 end
-redis.call('HSET', cursor, 'sequence', ARGV[2], 'events', ARGV[3], 'quantity', ARGV[4])
-for at = 5, #ARGV, 2 do redis.call('HSET', dead, ARGV[at], ARGV[at + 1]) end
+if tonumber(ARGV[2]) ~= tonumber(redis.call('HGET', cursor, 'sequence') or 0) then return 0 end
+redis.call('HSET', cursor, 'sequence', ARGV[3])
+redis.call('HINCRBY', cursor, 'events', ARGV[4])
+redis.call('HINCRBY', cursor, 'quantity', ARGV[5])
+for at = 6, #ARGV, 2 do redis.call('HSET', dead, ARGV[at], ARGV[at + 1]) end
 return 1
 """,
 )

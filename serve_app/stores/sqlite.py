@@ -149,12 +149,17 @@ class SqliteStore:
         )
         return Cursor(sequence=rows[0][0], events=rows[0][1], quantity=rows[0][2]) if rows else Cursor()
 
-    async def advance(self, sink: str, shard: int, cursor: Cursor, dead: Sequence[DeadLetter] = ()) -> None:
+    async def advance(
+        self, sink: str, shard: int, before: Cursor, after: Cursor, dead: Sequence[DeadLetter] = ()
+    ) -> None:
+        events, quantity = after.events - before.events, after.quantity - before.quantity
+
         def write(db: sqlite3.Connection) -> None:
+            db.execute("insert or ignore into cursors values (?, ?, 0, 0, 0)", (sink, shard))
             moved = db.execute(
-                "insert into cursors values (?, ?, ?, ?, ?) on conflict do update set sequence = excluded.sequence,"
-                " events = excluded.events, quantity = excluded.quantity where excluded.sequence > sequence",
-                (sink, shard, cursor.sequence, cursor.events, cursor.quantity),
+                "update cursors set sequence = ?, events = events + ?, quantity = quantity + ?"
+                " where sink = ? and shard = ? and sequence = ?",
+                (after.sequence, events, quantity, sink, shard, before.sequence),
             ).rowcount
             if moved:
                 db.executemany(

@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -196,3 +196,6 @@ def _wal_of(file: Path) -> Path:
 def _aof_in(folder: Path) -> Path:
     (log,) = (folder / "appendonlydir").glob("*.incr.aof")
     return log
+
+
+LOGS: dict[str, Callable[[Path], Log]] = {"sqlite": SqliteLog, "redis": RedisLog}

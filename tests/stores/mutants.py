@@ -49,7 +49,7 @@ def _planted(mutant: Mutant) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "RULES", mutant.rules)
         patch.setattr(redis_scripts, mutant.script, bad)
-        patch.setattr(redis_client, "SCRIPTS", [bad if it is script else it for it in redis_client.SCRIPTS])
+        patch.setattr(redis_client, "SCRIPTS", [bad if it is script else it for it in redis_scripts.SCRIPTS])
         yield
 
 
@@ -207,8 +207,10 @@ MUTANTS = (
     ),
     Mutant(
         name="a success can be abandoned",
-        rules=_but(DONE, Abandon, machine.always, when=machine.same_attempt, then=machine.free)
-        + [Rule(state=DONE, step=Abandon, when=machine.always, then=machine.ignore, to=DONE)],
+        rules=[
+            *_but(DONE, Abandon, machine.always, when=machine.same_attempt, then=machine.free),
+            Rule(state=DONE, step=Abandon, when=machine.always, then=machine.ignore, to=DONE),
+        ],
         script="ABANDON",
         line="if not found or found.done or",
         instead="if not found or",

@@ -674,15 +674,29 @@ async def test_keys_are_listed_oldest_first_by_workspace(store: Store) -> None:
 # Sinks
 
 
-async def test_a_cursor_goes_forward_only(store: Store) -> None:
+NOWHERE = Cursor()
+
+
+async def test_a_cursor_moves_from_where_it_stands_only(store: Store) -> None:
     assert await store.cursor("sink", 3) == Cursor()
     there = Cursor(sequence=10, events=9, quantity=90)
-    await store.advance("sink", 3, there)
-    await store.advance("sink", 3, Cursor(sequence=4, events=4, quantity=40))
+    await store.advance("sink", 3, NOWHERE, there)
+    await store.advance("sink", 3, NOWHERE, Cursor(sequence=4, events=4, quantity=40))
+    await store.advance("sink", 3, NOWHERE, Cursor(sequence=12, events=12, quantity=120))
+    await store.advance("sink", 3, Cursor(sequence=12), Cursor(sequence=13, events=1, quantity=10))
 
     assert await store.cursor("sink", 3) == there
     assert await store.cursor("sink", 4) == Cursor()
     assert await store.cursor("other", 3) == Cursor()
+
+
+async def test_a_letter_that_is_buried_during_a_delivery_is_counted_with_it(store: Store) -> None:
+    before = Cursor(sequence=10, events=8, quantity=80)
+    await store.advance("sink", 3, NOWHERE, before, [letter(9), letter(10)])
+    await store.bury("sink", 3, 9)
+    await store.advance("sink", 3, before, Cursor(sequence=12, events=10, quantity=100))
+
+    assert await store.cursor("sink", 3) == Cursor(sequence=12, events=11, quantity=109)
 
 
 def letter(sequence: int, shard: int = 3) -> DeadLetter:
@@ -691,22 +705,22 @@ def letter(sequence: int, shard: int = 3) -> DeadLetter:
 
 
 async def test_dead_letters_are_kept_with_the_cursor(store: Store) -> None:
-    await store.advance("sink", 3, Cursor(sequence=10, events=8, quantity=80), [letter(10), letter(9)])
-    await store.advance("sink", 1, Cursor(sequence=1), [letter(1, shard=1)])
+    await store.advance("sink", 3, NOWHERE, Cursor(sequence=10, events=8, quantity=80), [letter(10), letter(9)])
+    await store.advance("sink", 1, NOWHERE, Cursor(sequence=1), [letter(1, shard=1)])
 
     assert await store.dead_letters("sink") == [letter(1, shard=1), letter(9), letter(10)]
     assert await store.dead_letters("other") == []
 
 
 async def test_a_cursor_that_does_not_move_brings_no_dead_letters(store: Store) -> None:
-    await store.advance("sink", 3, Cursor(sequence=10))
-    await store.advance("sink", 3, Cursor(sequence=9), [letter(9)])
+    await store.advance("sink", 3, NOWHERE, Cursor(sequence=10))
+    await store.advance("sink", 3, NOWHERE, Cursor(sequence=9), [letter(9)])
 
     assert await store.dead_letters("sink") == []
 
 
 async def test_a_buried_letter_is_acknowledged_once(store: Store) -> None:
-    await store.advance("sink", 3, Cursor(sequence=10, events=8, quantity=80), [letter(9), letter(10)])
+    await store.advance("sink", 3, NOWHERE, Cursor(sequence=10, events=8, quantity=80), [letter(9), letter(10)])
 
     for _ in range(2):
         await store.bury("sink", 3, 9)
@@ -771,7 +785,7 @@ async def everything(store: Store) -> list[object]:
 async def fill(store: Store) -> None:
     await store.run([begin("a"), begin("b"), complete("a"), *(emit(f"call-{n}") for n in range(5))])
     await store.trim(WS, 2)
-    await store.advance("sink", WS, Cursor(sequence=3, events=2, quantity=14), [letter(3, shard=WS)])
+    await store.advance("sink", WS, NOWHERE, Cursor(sequence=3, events=2, quantity=14), [letter(3, shard=WS)])
     await store.put_reservation(HOURS, [event("hour", kind=Kind.GPU_TIME)])
     await store.add_workspace(ACME)
     await store.put_key(KEY)

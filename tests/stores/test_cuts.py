@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.stores.cuts import Log, RedisLog, SqliteLog, survive
+from tests.stores.cuts import LOGS, survive
 
 OFFSETS = 12
 
 
-@pytest.mark.parametrize("log", [SqliteLog, RedisLog])
-def test_a_log_that_is_cut_is_the_beginning_of_what_was_asked(log: type[Log], tmp_path: Path) -> None:
-    assert survive(log(tmp_path), offsets=OFFSETS, seed=1) > OFFSETS
+@pytest.mark.parametrize("driver", LOGS)
+def test_a_log_that_is_cut_is_the_beginning_of_what_was_asked(driver: str, tmp_path: Path) -> None:
+    assert survive(LOGS[driver](tmp_path), offsets=OFFSETS, seed=1) > OFFSETS

@@ -48,11 +48,12 @@ class Audit:
 
     def reply(self, record: Record, used: int | None = None) -> None:
         """A record that is done. used: the tokens that the reply itself names, if it was read."""
-        self._replies[record.op] = _Reply(claim=record.claim, workspace=record.workspace, tokens=record.tokens)
+        tokens = record.tokens or used or 0  # a record that was written without its event has no count of its own
+        self._replies[record.op] = _Reply(claim=record.claim, workspace=record.workspace, tokens=tokens)
         self._op_of[record.claim] = record.op
         self._checked += used is not None
-        if used is not None and used != record.tokens:
-            self._found.add(Fault.UNEQUAL, f"reply {record.op}: it names {used} tokens, its record {record.tokens}")
+        if used is not None and used != tokens:
+            self._found.add(Fault.UNEQUAL, f"reply {record.op}: it names {used} tokens, its record {tokens}")
 
     def unreadable(self, record: Record) -> None:
         self._found.add(Fault.UNEQUAL, f"reply {record.op}: what is stored is no reply")

@@ -1,0 +1,26 @@
+"""The operator's command `serve-app`: workspaces, keys and the ledger, straight from the store.
+
+A command a verb, a file a noun; the service need not run, and may. Numbers and ids go to stdout, errors to stderr.
+"""
+
+from __future__ import annotations
+
+import typer
+
+from serve_app.cli import keys, ledger, workspaces
+
+EXIT_CODES = (
+    "Exit codes: 0 done; 1 done, and something is wrong (the audit found a difference, a dead letter was refused"
+    " again); 2 it could not be done, and one line on stderr says why."
+)
+
+app = typer.Typer(
+    name="serve-app",
+    help=f"Workspaces, keys and the usage ledger of the embeddings service.\n\n{EXIT_CODES}",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.add_typer(workspaces.app, name="workspace")
+app.add_typer(keys.app, name="key")
+app.add_typer(ledger.app, name="ledger")

@@ -210,7 +210,7 @@ def test_sums_may_hold_what_came_while_they_were_read_and_what_was_trimmed(
 
 @pytest.mark.parametrize("wrong", [{"events": 1}, {"events": 3}, {"quantity": 2}, {"quantity": 4}])
 @pytest.mark.parametrize("trimmed", [0, 1])
-def test_a_line_of_other_sums_is_unequal(trimmed: int, wrong: dict[str, int]) -> None:
+def test_a_line_of_other_sums_is_unequal(trimmed: int, wrong: dict[str, Any]) -> None:
     events = [event("1", quantity=1), event("2", quantity=2)]
     gone = [event("gone", quantity=9)] * trimmed
     counts = At(sequence=trimmed, events=trimmed, quantity=9 * trimmed)

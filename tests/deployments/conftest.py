@@ -1,4 +1,4 @@
-"""A real `serve run`, once with Serve's own proxy and once with HAProxy: what both must do alike."""
+"""A real `serve run`, once with Serve's own proxy and SQLite, and once with HAProxy and Redis: both must do alike."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ import pytest
 import yaml
 
 from tests.checkpoints import make_checkpoint
+from tests.redis_server import RedisServer
 
 ROOT = Path(__file__).parents[2]
 START_S = 180.0
@@ -50,8 +51,12 @@ MINILM_FLOAT32 = MINILM | {"id": "minilm-float32", "name": "tests/MiniLM-float32
 class LiveServer:
     """`serve run` in a process of its own. Everything it starts is gone after `stop`."""
 
-    def __init__(self, folder: Path, models: list[dict[str, Any]], env: dict[str, str]) -> None:
+    def __init__(
+        self, folder: Path, models: list[dict[str, Any]], env: dict[str, str], store: str | None = None
+    ) -> None:
         self.folder = folder
+        self.store = store or f"sqlite:{folder}/data/serve-app.db"
+        self.key = ""
         self.port = free_port()
         self.models = models
         self.mark = uuid.uuid4().hex
@@ -59,6 +64,7 @@ class LiveServer:
         self._env = env | {
             MARK: self.mark,
             "PYTHONPATH": str(ROOT),
+            "SERVE_APP_STORE": self.store,
             "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}",
             "RAY_AUTH_MODE": "disabled",
             "RAY_USAGE_STATS_ENABLED": "0",
@@ -77,10 +83,38 @@ class LiveServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
+    @property
+    def headers(self) -> dict[str, str]:
+        return {"Authorization": f"Bearer {self.key}"}
+
+    @property
+    def usage_folder(self) -> Path:
+        return self.folder / "usage"
+
+    def command(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+        """`serve-app ...`, as an operator would."""
+        command = [sys.executable, "-m", "serve_app.cli", *arguments]
+        return subprocess.run(command, env=os.environ | self._env, cwd=self.folder, capture_output=True, text=True)
+
+    def audit(self) -> subprocess.CompletedProcess[str]:
+        blobs = str(self.folder / "data" / "blobs")
+        return self.command("ledger", "audit", "--sink", f"files=jsonl:{self.usage_folder}", "--blobs", blobs, "--json")
+
+    def _make_key(self) -> str:
+        """The embedded store made a demo workspace by itself; any other is an operator's."""
+        demo = self.folder / "data" / "demo-key"
+        if demo.exists():
+            return demo.read_text().strip()
+        workspace = self.command("workspace", "create", "test", "--plan", "team").stdout.strip()
+        return self.command("key", "create", workspace).stdout.strip()
+
     def config(self, models: list[dict[str, Any]]) -> Path:
         """A Serve config of the ingress and these models."""
+        sinks = [{"name": "files", "url": f"jsonl:{self.usage_folder}"}]
         apps: list[dict[str, Any]] = [
-            {"name": "ingress", "route_prefix": "/", "import_path": "serve_app.app:ingress", "args": {}}
+            {"name": "ingress", "route_prefix": "/", "import_path": "serve_app.app:ingress", "args": {}},
+            {"name": "idempotency", "route_prefix": None, "import_path": "serve_app.app:idempotency", "args": {}},
+            {"name": "usage", "route_prefix": None, "import_path": "serve_app.app:usage", "args": {"sinks": sinks}},
         ]
         for entry in models:
             name = f"model-{entry['id']}"
@@ -99,6 +133,7 @@ class LiveServer:
 
     def start(self) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | self._env
+        self._run.mkdir(exist_ok=True)
         # A background job of a script ignores SIGINT, and what it starts would, too.
         signal.signal(signal.SIGINT, signal.default_int_handler)
         with self.log_path.open("wb") as log:
@@ -112,6 +147,7 @@ class LiveServer:
                 executable=str(Path(sys.executable).parent / "serve"),
             )
         self.wait_until(lambda: self.states() == {entry["id"]: "ready" for entry in self.models}, START_S)
+        self.key = self.key or self._make_key()
 
     def stop(self) -> None:
         self.process.send_signal(signal.SIGINT)
@@ -212,10 +248,16 @@ def checkpoint(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
 def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, checkpoint: dict[str, Any]
 ) -> Iterator[LiveServer]:
-    env = FAST if request.param == "haproxy" else {}
-    live = LiveServer(tmp_path_factory.mktemp(request.param), [MINILM, MINILM_FLOAT32, checkpoint], env)
-    live.start()
+    folder, fast = tmp_path_factory.mktemp(request.param), request.param == "haproxy"
+    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    if fast:
+        redis.start()
+    models = [MINILM, MINILM_FLOAT32, checkpoint]
+    live = LiveServer(folder, models, FAST if fast else {}, redis.url if fast else None)
     try:
+        live.start()
         yield live
     finally:
         live.stop()
+        if fast:
+            redis.stop()

@@ -28,7 +28,18 @@ from tests.deployments.conftest import MINILM, LiveServer
 pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
 
 MINILM_ID, MINILM_NAME = str(MINILM["id"]), str(MINILM["name"])
-CONTENT = "Content-Type: application/json\r\nContent-Length"
+
+
+def head_of(server: LiveServer, length: int) -> bytes:
+    """A request's, up to its body."""
+    lines = [
+        "POST /v1/embeddings HTTP/1.1",
+        "Host: x",
+        f"Authorization: Bearer {server.key}",
+        "Content-Type: application/json",
+        f"Content-Length: {length}",
+    ]
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def texts(count: int, *, shortest: int = 3, longest: int = 400, seed: int = 7) -> list[str]:
@@ -38,7 +49,7 @@ def texts(count: int, *, shortest: int = 3, longest: int = 400, seed: int = 7) -
 
 @pytest.fixture
 def client(server: LiveServer) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=0, timeout=120) as sdk:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=0, timeout=120) as sdk:
         yield sdk
 
 
@@ -70,7 +81,7 @@ def test_vectors_are_those_of_sentence_transformers(
 
 async def test_the_async_sdk_gets_the_same(server: LiveServer, client: openai.OpenAI) -> None:
     inputs = texts(8)
-    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key="none") as sdk:
+    async with openai.AsyncOpenAI(base_url=f"{server.url}/v1", api_key=server.key) as sdk:
         replies = await asyncio.gather(*(sdk.embeddings.create(model=MINILM_ID, input=text) for text in inputs))
     together = client.embeddings.create(model=MINILM_ID, input=inputs)
     for reply, row in zip(replies, together.data, strict=True):
@@ -95,7 +106,7 @@ def test_headers_tell_the_request_the_model_and_the_time(client: openai.OpenAI, 
     assert {"tokenize", "queue", "compute", "total"} <= {
         part.split(";")[0].strip() for part in raw.headers["server-timing"].split(",")
     }
-    mine = httpx.get(f"{server.url}/v1/models", headers={"X-Request-Id": "mine"})
+    mine = httpx.get(f"{server.url}/v1/models", headers=server.headers | {"X-Request-Id": "mine"})
     assert mine.headers.get_list("x-request-id") == ["mine"]
 
 
@@ -106,16 +117,16 @@ def test_errors_have_the_openai_shape_behind_the_proxy(client: openai.OpenAI, se
     with pytest.raises(openai.BadRequestError) as ids:
         client.embeddings.create(model=MINILM_ID, input=[[101, 2023]])
     assert (ids.value.code, ids.value.param) == ("unsupported_parameter", "input")
-    unrouted = httpx.get(f"{server.url}/v2/embeddings")
+    unrouted = httpx.get(f"{server.url}/v2/embeddings", headers=server.headers)
     assert unrouted.json()["error"]["code"] == "route_not_found"
     assert len(unrouted.headers.get_list("x-request-id")) == 1
 
 
 def test_a_body_over_the_limit_is_refused_before_it_is_sent_whole(server: LiveServer) -> None:
     """Only the head and one MiB go out; the answer is there while the other 16 MiB never leave."""
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{CONTENT}: {17 << 20}\r\n\r\n"
+    head = head_of(server, 17 << 20)
     with socket.create_connection(("127.0.0.1", server.port), timeout=20) as connection:
-        connection.sendall(head.encode() + b" " * (1 << 20))
+        connection.sendall(head + b" " * (1 << 20))
         assert connection.recv(64).startswith(b"HTTP/1.1 413 ")
 
 
@@ -130,7 +141,7 @@ def test_clients_that_hang_up_leave_nothing_behind(server: LiveServer, client: o
     rng = random.Random(3)
     inputs = texts(64, shortest=100, longest=150)
     body = json.dumps({"model": MINILM_ID, "input": inputs}).encode()
-    head = f"POST /v1/embeddings HTTP/1.1\r\nHost: x\r\n{CONTENT}: {len(body)}\r\n\r\n".encode()
+    head = head_of(server, len(body))
     most = 0
     for _ in range(50):
         connections = [socket.create_connection(("127.0.0.1", server.port)) for _ in range(4)]
@@ -200,7 +211,7 @@ def test_a_model_comes_and_goes_and_the_others_do_not_notice(
 
 def test_a_killed_replica_is_replaced_and_retries_get_through(server: LiveServer) -> None:
     victim = server.replica_pids()["model-tiny-xlmr"][0]
-    with openai.OpenAI(base_url=f"{server.url}/v1", api_key="none", max_retries=5) as sdk:
+    with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=5) as sdk:
         sdk.embeddings.create(model="tiny-xlmr", input="before")
         os.kill(victim, signal.SIGKILL)
         assert sdk.embeddings.create(model="tiny-xlmr", input="after").model == "tests/Tiny-XLMR"

@@ -19,7 +19,7 @@ from serve_app.core.idempotency import Begin, Complete, Emit, Emitted, Proceed, 
 from serve_app.stores import Store, open_store
 from tests.redis_server import RedisServer
 from tests.stores import steps
-from tests.stores.promise import BrokenPromise, read_ledger, require
+from tests.stores.ledger import BrokenPromise, read_ledger, require
 
 KEYED = 24
 START_MS = 4_102_444_800_000  # the year 2100: nothing that a server dates by its own clock lapses during a test

@@ -47,10 +47,8 @@ MOVES: dict[str, tuple[int, dict[str, st.SearchStrategy[Any]]]] = {
     "purge": (1, {"limit": st.sampled_from((1, 100)), "at": ingresses}),
     "restart": (1, {"at": ingresses}),
 }
-arguments = {name: st.fixed_dictionaries(strategies) for name, (_, strategies) in MOVES.items()}
-moves = st.sampled_from([name for name, (often, _) in MOVES.items() for _ in range(often)]).flatmap(
-    lambda name: st.tuples(st.just(name), arguments[name])
-)
+by_name = {name: st.tuples(st.just(name), st.fixed_dictionaries(arguments)) for name, (_, arguments) in MOVES.items()}
+moves = st.sampled_from([name for name, (often, _) in MOVES.items() for _ in range(often)]).flatmap(by_name.__getitem__)
 
 
 class StoreMachine(RuleBasedStateMachine):

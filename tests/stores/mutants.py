@@ -16,8 +16,8 @@ from serve_app.core import idempotency as machine
 from serve_app.core.idempotency import Abandon, Begin, ClaimStep, Complete, Decision, Renew, Rule, Situation, State
 from serve_app.stores import redis_client, redis_scripts
 from tests.stores.homes import Home
+from tests.stores.ledger import BrokenPromise
 from tests.stores.model import explore
-from tests.stores.promise import BrokenPromise
 
 EXAMPLES, STEPS = 400, 30  # at most: the first that breaks a promise is the last
 

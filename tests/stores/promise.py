@@ -1,12 +1,11 @@
 """What the promise allows a store to answer, written from the outcomes: each says what must have been true before it.
 
 It is no second machine: it never predicts, it holds a store to its word, with times of its own. `model.py` asks the
-questions, and `cuts.py` reads a ledger with the same eyes.
+questions; what a ledger must be like at any time is in `ledger.py`.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
@@ -34,20 +33,12 @@ from serve_app.core.idempotency import (
     Step,
     Stored,
 )
-from serve_app.core.ledger import SHARDS, UsageEvent, UsageLine
+from serve_app.core.ledger import SHARDS, UsageEvent
 from serve_app.stores import Store
+from tests.stores.ledger import read_ledger, require
 
 HOUR_MS = 60 * 60 * 1000
 REMEMBERED_MS = 24 * HOUR_MS + 5 * 60 * 1000
-
-
-class BrokenPromise(AssertionError):
-    """The store answered, or kept, what it must not."""
-
-
-def require(kept: bool, promise: str) -> None:
-    if not kept:
-        raise BrokenPromise(promise)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -160,9 +151,9 @@ class Promise:
                 require(op == work.op, "an operation keeps its id when it is taken over")
                 if work.holder != step.attempt:
                     require(work.lease_ends_ms <= now_ms, "two attempts never hold live leases")
-                    work.holder, work.attempts, work.forgotten_ms = step.attempt, work.attempts + 1, now_ms + HOUR_MS
+                    work.holder, work.attempts = step.attempt, work.attempts + 1
                 require(attempts == work.attempts, "attempts are counted")
-                work.lease_ends_ms = now_ms + step.lease_ms
+                work.lease_ends_ms, work.forgotten_ms = now_ms + step.lease_ms, now_ms + HOUR_MS
             case Replay():
                 require(success is not None, "only a success is replayed")
                 assert success is not None
@@ -229,34 +220,6 @@ class Promise:
         require(sorted(record.claim for record in records) == sorted(kept), "records are what lives")
         for record in records:
             _same(record, kept[record.claim])
-
-
-async def read_ledger(store: Store, shards: Sequence[int] = range(SHARDS)) -> list[UsageEvent]:
-    """All events. Raises BrokenPromise if a sequence has gaps, or the sums are not theirs."""
-    events: list[UsageEvent] = []
-    for shard in shards:
-        recorded = await store.events(shard, 0, 1_000_000)
-        require([it.sequence for it in recorded] == list(range(1, len(recorded) + 1)), "sequences have no gaps")
-        require((await store.shard_state(shard)).last == len(recorded), "a shard knows its last sequence")
-        require(all(it.event.shard == shard for it in recorded), "an event lies in its shard")
-        events += [it.event for it in recorded]
-    sums = Counter(await store.usage(None, "0000-01-01", "9999-12-31"))
-    require(sums == Counter(_lines(events)), "the sums are the sums of the events")
-    return events
-
-
-def _lines(events: list[UsageEvent]) -> list[UsageLine]:
-    counts: Counter[tuple[str, ...]] = Counter()
-    quantities: Counter[tuple[str, ...]] = Counter()
-    for event in events:
-        group = (event.workspace, event.day, event.kind, event.model, event.api_key, event.tier, event.unit_price)
-        counts[group] += 1
-        quantities[group] += event.quantity
-    names = ("workspace", "day", "kind", "model", "api_key", "tier", "unit_price")
-    return [
-        UsageLine(**dict(zip(names, group, strict=True)), events=counts[group], quantity=quantities[group])  # type: ignore[arg-type]
-        for group in counts
-    ]
 
 
 def _renewed(key: Key, step: Renew, outcome: Outcome, now_ms: int) -> None:

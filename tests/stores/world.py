@@ -28,7 +28,8 @@ from serve_app.core.idempotency import (
 )
 from serve_app.core.ledger import Kind, UsageEvent
 from serve_app.stores import Store, open_store
-from tests.stores.promise import HOUR_MS, Promise, require
+from tests.stores.ledger import require
+from tests.stores.promise import HOUR_MS, Promise
 
 START_MS = 4_102_444_800_000  # the year 2100: nothing that a server dates by its own clock lapses during a test
 LEASE_MS = 30_000

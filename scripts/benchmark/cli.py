@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import orjson
 import yaml
 
-from benchmark import BenchError, machine
+from benchmark import BenchError, books, machine
 from benchmark.ceiling import Ceiling
 from benchmark.client import Route
 from benchmark.machine import Meter, trees
@@ -32,6 +32,8 @@ Measures the embeddings server over HTTP, next to what this machine's cores can 
 Starts the server itself on a free port, checks that it answers with the model's vectors, then measures in rounds:
 bulk imports (server and in-process ceiling in turn), single queries, and single queries beside a bulk import.
 Ends what it started. Leave the machine alone meanwhile: it says so if somebody did not.
+
+`scripts/bench books` measures what keys and bills cost instead.
 """
 FULL_ROUNDS, FULL_S = 3, 10.0
 QUICK_ROUNDS, QUICK_S = 1, 2.5
@@ -39,12 +41,15 @@ QUICK_ROUNDS, QUICK_S = 1, 2.5
 
 def run(arguments: Sequence[str], root: Path) -> int:
     """The exit status: 0, or 1 when nothing could be measured or the answers were wrong."""
-    options = _parse(arguments, root)
+    options = books.parse(arguments[1:]) if arguments[:1] == ["books"] else _parse(arguments, root)
     # Said anew: background jobs of a script ignore SIGINT, the server would inherit that, and SIGINT is what ends it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        _measure(options, root)
+        if arguments[:1] == ["books"]:
+            books.measure(options, root)
+        else:
+            _measure(options, root)
     except BenchError as error:
         print(f"scripts/bench: {error}", file=sys.stderr)
         return 1
@@ -60,15 +65,16 @@ def _measure(options: argparse.Namespace, root: Path) -> None:
         folder = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="bench-")))
         if options.url:
             url, server = options.url, (lambda: trees(options.server_pid)) if options.server_pid else None
+            api_key = options.api_key
             how = f"{url}, which was running"
         else:
             print("starting the server", file=sys.stderr)
             started = stack.enter_context(serving(options.config, root, folder))
-            url, server = started.url, started.processes
+            url, server, api_key = started.url, started.processes, started.api_key
             how = "serve run, " + " ".join(f"{name}={value}" for name, value in settings().items())
         ceiling = stack.enter_context(Ceiling(entry, ENCODER_ENV))
         dtype = ceiling.open()
-        route = Route.parse(url, model=options.model, format=options.format)
+        route = Route.parse(url, model=options.model, format=options.format, api_key=api_key)
         bench = Bench(route, ceiling, Meter(server), workloads=workloads, seconds=options.seconds, seed=options.seed)
         cosine, compared = bench.check()
         head = {
@@ -100,6 +106,7 @@ def _parse(arguments: Sequence[str], root: Path) -> argparse.Namespace:
     add("--config", type=Path, default=root / "deployments.yaml", help="what to serve (default: deployments.yaml)")
     add("--model", default="all-MiniLM-L6-v2", help="id of the entry to measure (default: all-MiniLM-L6-v2)")
     add("--url", help="measure a server that runs already on this machine, instead of starting one")
+    add("--api-key", default="", help="with --url: a key of that server")
     add("--server-pid", type=int, action="append", default=[], metavar="PID", help=PID_HELP)
     add("--json", type=Path, metavar="FILE", help="write the raw figures of every measurement there")
     options = parser.parse_args(arguments)

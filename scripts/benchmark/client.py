@@ -39,22 +39,26 @@ class Route:
     path: str
     model: str
     format: Format
+    api_key: str
 
     @classmethod
-    def parse(cls, url: str, *, model: str, format: Format) -> Route:
+    def parse(cls, url: str, *, model: str, format: Format, api_key: str) -> Route:
         parts = urlsplit(url)
         if parts.scheme != "http" or parts.hostname not in ("127.0.0.1", "localhost"):
             raise BenchError(f"{url}: only http://127.0.0.1 is measured: the ceiling beside it is this machine's")
         path = parts.path if parts.path.strip("/") else "/v1/embeddings"
-        return cls(host="127.0.0.1", port=parts.port or 80, path=path, model=model, format=format)
+        return cls(host="127.0.0.1", port=parts.port or 80, path=path, model=model, format=format, api_key=api_key)
 
-    def request(self, texts: str | Sequence[str]) -> bytes:
+    def request(self, texts: str | Sequence[str], *, idempotency_key: str | None = None) -> bytes:
         body = orjson.dumps({"model": self.model, "input": texts, "encoding_format": self.format})
         head = (
             f"POST {self.path} HTTP/1.1\r\nHost: {self.host}:{self.port}\r\n"
-            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+            f"Authorization: Bearer {self.api_key}\r\n"
+            f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n"
         )
-        return head.encode() + body
+        if idempotency_key:
+            head += f"Idempotency-Key: {idempotency_key}\r\n"
+        return f"{head}\r\n".encode() + body
 
 
 def vectors_in(reply: bytes) -> NDArray[np.float32]:

@@ -51,12 +51,18 @@ HAPROXY_PORTS = (
 class Server:
     """A running `serve run`."""
 
-    def __init__(self, driver: subprocess.Popen[bytes], *, mark: str, port: int, log: Path) -> None:
+    def __init__(self, driver: subprocess.Popen[bytes], *, mark: str, port: int, log: Path, key: Path) -> None:
         self._driver = driver
         self._mark = mark
         self._log = log
+        self._key = key
         self._seen: set[psutil.Process] = set()
         self.url = f"http://{HOST}:{port}"
+
+    @property
+    def api_key(self) -> str:
+        """The demo workspace's, which a new SQLite store gets."""
+        return self._key.read_text().strip()
 
     def processes(self) -> list[psutil.Process]:
         """All of it, now: the tree below `serve run`, and whatever else carries the mark."""
@@ -108,7 +114,7 @@ class Server:
 
 @contextlib.contextmanager
 def serving(config: Path, root: Path, folder: Path) -> Iterator[Server]:
-    """The applications of `config` on a free port, ready. folder: where the generated config and the log go."""
+    """The applications of `config` on a free port, ready. folder: where the generated config, the log and data/ go."""
     port, *haproxy = _free_ports(1 + len(HAPROXY_PORTS))
     generated, log, mark = folder / "deployments.yaml", folder / "server.log", uuid.uuid4().hex
     deployments: dict[str, Any] = yaml.safe_load(config.read_text())
@@ -124,14 +130,14 @@ def serving(config: Path, root: Path, folder: Path) -> Iterator[Server]:
     with log.open("wb") as output:
         driver = subprocess.Popen(
             [serve, "run", "--address", "local", generated],
-            cwd=root,
+            cwd=folder,  # so that its store and what it bills are not those of a service that is used
             env=environment,
             stdin=subprocess.DEVNULL,
             stdout=output,
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(driver, mark=mark, port=port, log=log)
+    server = Server(driver, mark=mark, port=port, log=log, key=folder / "data" / "demo-key")
     try:
         server.wait_until_ready()
         yield server

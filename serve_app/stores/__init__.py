@@ -111,7 +111,7 @@ class Store(Protocol):
     async def advance(
         self, sink: str, shard: int, before: Cursor, after: Cursor, dead: Sequence[DeadLetter] = ()
     ) -> None:
-        """Acknowledge from there to there, unless somebody else has; counts are added. With dead letters, atomically."""
+        """Acknowledge from there to there, unless somebody else has. Counts are added; dead letters go with it."""
         ...
 
     async def dead_letters(self, sink: str) -> list[DeadLetter]: ...

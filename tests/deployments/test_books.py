@@ -19,7 +19,7 @@ import pytest
 from serve_app.sinks.jsonl import read
 from tests.deployments.conftest import MINILM, LiveServer
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(700)]
 
 ID = str(MINILM["id"])
 

@@ -25,7 +25,7 @@ from serve_app.encoders.sources import fetch
 from tests.checkpoints import prose
 from tests.deployments.conftest import MINILM, LiveServer
 
-pytestmark = [pytest.mark.live, pytest.mark.timeout(300)]
+pytestmark = [pytest.mark.live, pytest.mark.timeout(700)]
 
 MINILM_ID, MINILM_NAME = str(MINILM["id"]), str(MINILM["name"])
 

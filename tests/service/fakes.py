@@ -213,7 +213,7 @@ def service_over(
 ) -> Service:
     """A service on real books. settings: of the ingress."""
     store = store or shared_store()
-    chosen = IngressSettings(**{"request_timeout_s": 30.0, "patience_s": 1.0} | settings)
+    chosen = IngressSettings(**{"request_timeout_s": 30.0, "patience_s": 10.0} | settings)
     folder = blobs or Path(tempfile.gettempdir()) / "no-blobs-here"
     return Service(
         models,

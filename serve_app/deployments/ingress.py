@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -34,6 +35,7 @@ class IngressReplica:
         """Serve calls this once, on the replica's event loop, and serves what it returns."""
         settings = self._settings
         check_nodes(settings.store)
+        await asyncio.to_thread(os.makedirs, settings.blobs, 0o700, exist_ok=True)  # the audit looks there, too
         store = await open_store(settings.store)
         if is_local(settings.store):
             await demo.make(store, demo.key_path(settings.store), now_ms=_now_ms())

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import json
 import os
 import signal
 import time
@@ -150,7 +149,8 @@ def test_a_replay_outlives_a_restart_of_everything(tmp_path: Path) -> None:
     try:
         server.start()
         replay = reply()
-        assert json.loads(server.audit().stdout)
+        audit = server.audit()
+        assert audit.returncode == 0, audit.stdout + audit.stderr
     finally:
         server.stop()
     assert (first.status_code, is_replay(replay), replay.content == first.content) == (200, True, True)

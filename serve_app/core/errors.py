@@ -4,6 +4,7 @@ ServiceError
   + InvalidRequest (400)      - InvalidJSON, MissingRequiredField, UnknownParameter, UnsupportedParameter,
                                 InvalidInput, TooManyInputs, TooManyTokens, InvalidIdempotencyKey
   + InvalidAPIKey (401)
+  + PermissionDenied (403)
   + NotFound (404)            - ModelNotFound, RouteNotFound
   + MethodNotAllowed (405), RequestTooLarge (413), UnsupportedMediaType (415)
   + Conflict (409)            - IdempotencyConflict, IdempotencyInProgress
@@ -96,6 +97,10 @@ class InvalidIdempotencyKey(InvalidRequest):
 class InvalidAPIKey(ServiceError):
     status, type, code = 401, "authentication_error", "invalid_api_key"
     advice = "Send `Authorization: Bearer <key>` with a key that is valid, not expired and not revoked."
+
+
+class PermissionDenied(ServiceError):
+    status, type = 403, "permission_error"
 
 
 class NotFound(ServiceError):

@@ -11,6 +11,8 @@ import zlib
 from dataclasses import dataclass
 from enum import StrEnum
 
+import orjson
+
 PREFIX = "rp_live_"
 SECRET_BYTES = 32
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -36,6 +38,15 @@ class Workspace:
     name: str
     plan: Plan
     created_ms: int
+    monthly_cap_micros: int | None = None  # micro-dollars that it may spend in a calendar month, UTC
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(self)
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> Workspace:
+        fields = orjson.loads(text)
+        return cls(**fields | {"plan": Plan(fields["plan"])})
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -49,11 +60,24 @@ class ApiKey:
     created_ms: int
     expires_ms: int | None = None
     revoked_ms: int | None = None
+    models: tuple[str, ...] | None = None  # canonical names; None: all
+    endpoints: tuple[str, ...] | None = None  # paths, such as /v1/embeddings; None: all
+    requests_per_minute: int | None = None  # None: what the plan says
+    tokens_per_minute: int | None = None  # None: what the plan says
 
     def valid_at(self, now_ms: int) -> bool:
         return (self.expires_ms is None or now_ms < self.expires_ms) and (
             self.revoked_ms is None or now_ms < self.revoked_ms
         )
+
+    def to_json(self) -> bytes:
+        return orjson.dumps(self)
+
+    @classmethod
+    def from_json(cls, text: bytes | str) -> ApiKey:
+        fields = orjson.loads(text)
+        lists = {name: tuple(fields[name]) for name in ("models", "endpoints") if fields.get(name) is not None}
+        return cls(**fields | lists)
 
 
 def mint(secret: bytes) -> str:

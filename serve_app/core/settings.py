@@ -10,6 +10,7 @@ from typing import Annotated
 
 from pydantic import Field
 
+from serve_app.core.plans import Limits
 from serve_app.core.pricing import RateCard
 from serve_app.core.strict import StrictModel
 
@@ -43,6 +44,8 @@ class IngressSettings(StoreSettings):
     """Requests that one ingress works on at once."""
     rates: RateCard = RateCard()
     """Prices: see `core/pricing.py`."""
+    limits: Limits = Limits()
+    """Requests and tokens per minute, and shares of turns: see `core/plans.py`."""
     patience_s: Annotated[float, Field(gt=0)] = 20.0
     """What a request waits for the store or an actor that is down, before it gets 503 `store_unavailable`."""
     duplicate_wait_s: Annotated[float, Field(ge=0)] = 30.0

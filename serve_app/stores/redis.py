@@ -8,8 +8,6 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Sequence
 
-import orjson
-
 from serve_app.core import ledger
 from serve_app.core.idempotency import Holdings, Outcome, Record, Step
 from serve_app.core.keys import ApiKey, Workspace
@@ -51,34 +49,34 @@ class RedisStore:
         return [wire.outcome(*reply) for reply in replies]
 
     async def add_workspace(self, workspace: Workspace, *, only_if_first: bool = False) -> bool:
-        row = (workspace.id, orjson.dumps(workspace), int(only_if_first))
+        row = (workspace.id, workspace.to_json(), int(only_if_first))
         (added,) = await self._client.ask(call(scripts.ADD_WORKSPACE, WORKSPACES, *row))
         return bool(added)
 
     async def workspaces(self) -> list[Workspace]:
         (bodies,) = await self._client.ask(("HVALS", WORKSPACES))
-        return sorted(map(wire.workspace, bodies), key=lambda workspace: (workspace.created_ms, workspace.id))
+        return sorted(map(Workspace.from_json, bodies), key=lambda workspace: (workspace.created_ms, workspace.id))
 
     async def put_key(self, key: ApiKey) -> None:
         await self._client.ask(
             ("SADD", f"{KEYS}:{key.workspace}", key.digest),  # first: a name without a key is passed over
-            ("HSET", KEYS, key.digest, orjson.dumps(key)),
+            ("HSET", KEYS, key.digest, key.to_json()),
         )
 
     async def find_key(self, digest: str) -> tuple[ApiKey, Workspace] | None:
         (body,) = await self._client.ask(("HGET", KEYS, digest))
         if body is None:
             return None
-        key = wire.api_key(body)
+        key = ApiKey.from_json(body)
         (body,) = await self._client.ask(("HGET", WORKSPACES, key.workspace))
-        return None if body is None else (key, wire.workspace(body))
+        return None if body is None else (key, Workspace.from_json(body))
 
     async def keys(self, workspace: str) -> list[ApiKey]:
         (digests,) = await self._client.ask(("SMEMBERS", f"{KEYS}:{workspace}"))
         if not digests:
             return []
         (bodies,) = await self._client.ask(("HMGET", KEYS, *digests))
-        keys = [key for key in map(wire.api_key, filter(None, bodies)) if key.workspace == workspace]
+        keys = [key for key in map(ApiKey.from_json, filter(None, bodies)) if key.workspace == workspace]
         return sorted(keys, key=lambda key: (key.created_ms, key.id))
 
     async def events(self, shard: int, after: int, limit: int) -> list[Recorded]:

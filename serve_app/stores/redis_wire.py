@@ -30,7 +30,6 @@ from serve_app.core.idempotency import (
     Step,
     Stored,
 )
-from serve_app.core.keys import ApiKey, Plan, Workspace
 from serve_app.core.ledger import Kind, Recorded, UsageEvent, UsageLine
 from serve_app.stores import Cursor, DeadLetter
 from serve_app.stores import redis_scripts as scripts
@@ -149,15 +148,6 @@ def dead_letter(shard: int, sequence: int | bytes, kept: bytes) -> DeadLetter:
     event, _, reason = kept.partition(b"\n")
     recorded = Recorded(sequence=int(sequence), event=UsageEvent.from_json(event))
     return DeadLetter(shard=shard, recorded=recorded, reason=reason.decode())
-
-
-def workspace(body: bytes) -> Workspace:
-    fields = orjson.loads(body)
-    return Workspace(**fields | {"plan": Plan(fields["plan"])})
-
-
-def api_key(body: bytes) -> ApiKey:
-    return ApiKey(**orjson.loads(body))
 
 
 def _text(value: bytes | None) -> str | None:

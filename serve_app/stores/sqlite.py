@@ -16,14 +16,12 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-import orjson
-
 from serve_app.core.idempotency import Begin, Emit, Emitted, Holdings, Outcome, OverQuota, Record, Step, Stored, decide
-from serve_app.core.keys import ApiKey, Plan, Workspace
+from serve_app.core.keys import ApiKey, Workspace
 from serve_app.core.ledger import Kind, Recorded, UsageEvent, UsageLine
 from serve_app.core.reservations import Reservation
 from serve_app.stores import Clock, Cursor, DeadLetter, ShardState, Store, StoreDown, StoreUnfit
-from serve_app.stores.sqlite_schema import SCHEMA, SCHEMA_VERSION
+from serve_app.stores.sqlite_schema import SCHEMA
 
 BUSY_S = 5.0  # what a writer waits for another process's transaction: each is a few milliseconds
 FORGET = 64  # expired records of a workspace that a new one sweeps out
@@ -69,17 +67,17 @@ class SqliteStore:
         def add(db: sqlite3.Connection) -> bool:
             if only_if_first and db.execute("select 1 from workspaces limit 1").fetchone():
                 return False
-            row = (workspace.id, workspace.created_ms, orjson.dumps(workspace))
+            row = (workspace.id, workspace.created_ms, workspace.to_json())
             return db.execute("insert or ignore into workspaces values (?, ?, ?)", row).rowcount == 1
 
         return await self._writer.transact(add)
 
     async def workspaces(self) -> list[Workspace]:
         rows = await self._reader.rows("select body from workspaces order by created_ms, id")
-        return [_workspace(body) for (body,) in rows]
+        return [Workspace.from_json(body) for (body,) in rows]
 
     async def put_key(self, key: ApiKey) -> None:
-        row = (key.digest, key.workspace, key.created_ms, orjson.dumps(key))
+        row = (key.digest, key.workspace, key.created_ms, key.to_json())
         await self._writer.transact(lambda db: db.execute("insert or replace into keys values (?, ?, ?, ?)", row))
 
     async def find_key(self, digest: str) -> tuple[ApiKey, Workspace] | None:
@@ -88,11 +86,11 @@ class SqliteStore:
             " where digest = ?",
             digest,
         )
-        return (_key(rows[0][0]), _workspace(rows[0][1])) if rows else None
+        return (ApiKey.from_json(rows[0][0]), Workspace.from_json(rows[0][1])) if rows else None
 
     async def keys(self, workspace: str) -> list[ApiKey]:
         rows = await self._reader.rows("select body from keys where workspace = ? order by created_ms, body", workspace)
-        return [_key(body) for (body,) in rows]
+        return [ApiKey.from_json(body) for (body,) in rows]
 
     async def events(self, shard: int, after: int, limit: int) -> list[Recorded]:
         rows = await self._reader.rows(
@@ -240,13 +238,14 @@ class SqliteStore:
             raise StoreUnfit(f"{self._path} cannot be written ahead (journal_mode is {mode}): put it on a local disk.")
         db.execute("begin immediate")
         (version,) = db.execute("pragma user_version").fetchone()
-        if version == 0:
-            for statement in SCHEMA:
+        for step in SCHEMA[version:]:
+            for statement in step:
                 db.execute(statement)
-            db.execute(f"pragma user_version={SCHEMA_VERSION}")
+        if version < len(SCHEMA):
+            db.execute(f"pragma user_version={len(SCHEMA)}")
         db.execute("commit")
-        if version not in (0, SCHEMA_VERSION):
-            raise StoreUnfit(f"{self._path} is of version {version}, and this program writes {SCHEMA_VERSION}.")
+        if version > len(SCHEMA):
+            raise StoreUnfit(f"{self._path} is of version {version}, and this program writes {len(SCHEMA)}.")
 
     def _step(self, db: sqlite3.Connection, step: Step) -> Outcome:
         if isinstance(step, Emit):
@@ -382,12 +381,3 @@ def _write(db: sqlite3.Connection, record: Record) -> None:
         " blob = excluded.blob",
         (*fields, record.reply is not None, reply.body, reply.blob),
     )
-
-
-def _workspace(body: bytes) -> Workspace:
-    fields = orjson.loads(body)
-    return Workspace(**fields | {"plan": Plan(fields["plan"])})
-
-
-def _key(body: bytes) -> ApiKey:
-    return ApiKey(**orjson.loads(body))

@@ -1,11 +1,10 @@
 """The tables of the SQLite store. What a workspace holds is counted by triggers, so that no statement can forget to.
 
-A change here needs a new `SCHEMA_VERSION`, and a way from the old one in `sqlite.py`.
+`SCHEMA` is the way from an empty file to the newest version, a step each: a file knows how many steps it has taken.
+What was released is never changed; what is new is a step more.
 """
 
-SCHEMA_VERSION = 1
-
-SCHEMA = (
+_FIRST = (
     """create table records (
         claim text primary key, workspace text not null, fingerprint text not null, op text not null,
         attempt text not null, attempts int not null, lease_ms int not null, expires_ms int not null,
@@ -52,3 +51,7 @@ SCHEMA = (
     ) without rowid""",
     "create table reservations (id text primary key, settled int not null, body blob not null) without rowid",
 )
+
+_LIMITS = ()
+
+SCHEMA: tuple[tuple[str, ...], ...] = (_FIRST, _LIMITS)

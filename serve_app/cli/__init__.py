@@ -1,6 +1,7 @@
 """The operator's command `serve-app`: workspaces, keys and the ledger, straight from the store.
 
-A command a verb, a file a noun; the service need not run, and may. Numbers and ids go to stdout, errors to stderr.
+A command a verb, a file a noun; the service need not run, and may. Numbers and ids go to stdout, as one JSON document
+with `--json`; errors go to stderr, a line each.
 """
 
 from __future__ import annotations
@@ -8,15 +9,18 @@ from __future__ import annotations
 import typer
 
 from serve_app.cli import keys, ledger, workspaces
+from serve_app.cli.terminal import Commands
 
 EXIT_CODES = (
     "Exit codes: 0 done; 1 done, and something is wrong (the audit found a difference, a dead letter was refused"
-    " again); 2 it could not be done, and one line on stderr says why."
+    " again); 2 it could not be done, and one line on stderr says why; 130 interrupted."
 )
 
 app = typer.Typer(
     name="serve-app",
-    help=f"Workspaces, keys and the usage ledger of the embeddings service.\n\n{EXIT_CODES}",
+    cls=Commands,
+    help="Workspaces, keys and the usage ledger of the embeddings service. Every command has --json.",
+    epilog=EXIT_CODES,
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,

@@ -164,6 +164,7 @@ def retry(
     allow_private: Annotated[bool, typer.Option("--allow-private", help="Allow a private address.")] = False,
     source: SourceName = SOURCE,
     store: StoreUrl = DEFAULT_URL,
+    json: Json = False,
 ) -> None:
     """Send a sink's dead letters again. Exit code 0: all were taken; 1: some were refused again."""
 
@@ -184,7 +185,10 @@ def retry(
         return taken, len(await books.dead_letters(sink))
 
     taken, left = on_store(store, send)
-    typer.echo(f"{taken} taken, {left} left")
+    if json:
+        show_json({"taken": taken, "left": left})
+    else:
+        typer.echo(f"{taken} taken, {left} left")
     raise typer.Exit(1 if left else 0)
 
 

@@ -1,9 +1,13 @@
-"""What every command shares: its options, the store it works on, and how it says what it found or why it failed."""
+"""What every command shares: its options, the store it works on, and how it says what it found or why it failed.
+
+What a command raises is told in one place, `Commands.main`: one line on stderr and exit code 2, never a traceback.
+"""
 
 from __future__ import annotations
 
 import asyncio
 import datetime as dt
+import sys
 import traceback
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from pathlib import Path
@@ -14,6 +18,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
+from typer.core import TyperGroup
 
 from serve_app import stores
 from serve_app.sinks import SinkDown, SinkUnfit
@@ -35,18 +40,44 @@ class Failed(Exception):
     """It cannot be done. The message is one line, for a person."""
 
 
-def on_store(url: str, work: Callable[[Store], Awaitable[T]], *, create: bool = False) -> T:
-    """Do it, or exit with 2 and one line on stderr. create: make an embedded store that is not there."""
-    try:
-        return asyncio.run(_on_store(url, work, create=create))
-    except (Failed, StoreDown, StoreUnfit, SinkDown, SinkUnfit) as error:
-        fail(str(error))
-    except OSError as error:
-        fail(f"{error.filename or 'input or output'}: {error.strerror or type(error).__name__}")
-    except Exception as error:  # 1 would say that it was done; its message may hold what no terminal should
+class Commands(TyperGroup):
+    """All of `serve-app`."""
+
+    def main(self, *args: Any, **options: Any) -> Any:
+        """Ends the process with the command's exit code, or with 2 and one line on stderr."""
+        if not options.get("standalone_mode", True):
+            return super().main(*args, **options)
+        try:
+            code = super().main(*args, **options | {"standalone_mode": False})
+        except Exception as error:
+            _tell(error)
+            sys.exit(2)
+        sys.exit(code if isinstance(code, int) else 0)
+
+
+def _tell(error: Exception) -> None:
+    """What typer raises is known by its looks: its classes have no public name in every version."""
+    if type(error).__name__ == "NoArgsIsHelpError":
+        typer.echo(str(error), err=True)
+    elif hasattr(error, "format_message"):
+        message, at = error.format_message(), getattr(error, "ctx", None)
+        where = f" See {at.command_path} --help." if at is not None else ""
+        say(f"{message if message.endswith(('.', '?')) else message + '.'}{where}")
+    elif isinstance(error, typer.Abort):
+        say("Nothing was done.")
+    elif isinstance(error, Failed | StoreDown | StoreUnfit | SinkDown | SinkUnfit):
+        say(str(error))
+    elif isinstance(error, OSError):
+        say(f"{error.filename or 'input or output'}: {error.strerror or type(error).__name__}")
+    else:  # 1 would say that it was done; its message may hold what no terminal should
         at = traceback.extract_tb(error.__traceback__)[-1]
         where = f"{type(error).__name__} in {Path(at.filename).name}, line {at.lineno}"
-        fail(f"{where}: a mistake of this program, or the store holds what it did not write.")
+        say(f"{where}: a mistake of this program, or the store holds what it did not write.")
+
+
+def on_store(url: str, work: Callable[[Store], Awaitable[T]], *, create: bool = False) -> T:
+    """Do it. create: make an embedded store that is not there. What it raises, `Commands.main` tells."""
+    return asyncio.run(_on_store(url, work, create=create))
 
 
 async def _on_store(url: str, work: Callable[[Store], Awaitable[T]], *, create: bool) -> T:
@@ -63,8 +94,13 @@ async def _on_store(url: str, work: Callable[[Store], Awaitable[T]], *, create: 
 
 
 def fail(message: str) -> NoReturn:
-    typer.echo(" ".join(message.split()), err=True)
+    say(message)
     raise typer.Exit(2)
+
+
+def say(message: str) -> None:
+    """An error, in one line on stderr."""
+    typer.echo(f"error: {' '.join(message.split())}", err=True)
 
 
 def show_json(value: Any) -> None:

@@ -186,8 +186,10 @@ def test_dead_letters_are_sent_again(run: Run, books: Books, tmp_path: Path) -> 
 
 def test_dead_letters_that_are_refused_again_stay(run: Run, books: Books, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("serve_app.cli.ledger.open_sink", lambda settings, source: made.Hooks())
-    result = run("ledger", "retry", "hooks", "--url", "https://hooks.example", "--store", books.url)
+    words = ("ledger", "retry", "hooks", "--url", "https://hooks.example", "--store", books.url)
+    result = run(*words)
     assert (result.exit_code, result.stdout) == (1, "0 taken, 2 left\n")
+    assert orjson.loads(run(*words, "--json").stdout) == {"taken": 0, "left": 2}
 
 
 @pytest.mark.parametrize(

@@ -14,6 +14,7 @@ from typing import Protocol
 from serve_app.core.idempotency import Holdings, Outcome, Record, Step
 from serve_app.core.keys import ApiKey, Workspace
 from serve_app.core.ledger import Recorded, UsageEvent, UsageLine
+from serve_app.core.limits import Charge, Verdict
 from serve_app.core.reservations import Reservation
 
 DEFAULT_URL = "sqlite:data/serve-app.db"
@@ -82,6 +83,12 @@ class Store(Protocol):
 
     async def keys(self, workspace: str) -> list[ApiKey]:
         """All of a workspace, oldest first."""
+        ...
+
+    # Rate limits
+
+    async def charge(self, charges: Sequence[Charge]) -> list[Verdict]:
+        """Decide each in turn, as `core.limits.decide` says. Not synced: a crash may forget the last moments."""
         ...
 
     # The ledger, read

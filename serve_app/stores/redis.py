@@ -12,6 +12,7 @@ from serve_app.core import ledger
 from serve_app.core.idempotency import Holdings, Outcome, Record, Step
 from serve_app.core.keys import ApiKey, Workspace
 from serve_app.core.ledger import SHARDS, Recorded, UsageEvent, UsageLine
+from serve_app.core.limits import Charge, Verdict
 from serve_app.core.reservations import Reservation
 from serve_app.stores import Clock, Cursor, DeadLetter, ShardState, Store
 from serve_app.stores import redis_scripts as scripts
@@ -78,6 +79,11 @@ class RedisStore:
         (bodies,) = await self._client.ask(("HMGET", KEYS, *digests))
         keys = [key for key in map(ApiKey.from_json, filter(None, bodies)) if key.workspace == workspace]
         return sorted(keys, key=lambda key: (key.created_ms, key.id))
+
+    async def charge(self, charges: Sequence[Charge]) -> list[Verdict]:
+        now = self._now()
+        replies = await self._client.ask(*(wire.charge(charge, now) for charge in charges)) if charges else []
+        return [wire.verdict(reply) for reply in replies]
 
     async def events(self, shard: int, after: int, limit: int) -> list[Recorded]:
         (entries,) = await self._client.ask(("XRANGE", prefix(shard) + "events", f"{after + 1}-0", "+", "COUNT", limit))

@@ -10,10 +10,12 @@ import hashlib
 from dataclasses import dataclass, field
 
 from serve_app.core.idempotency import GRACE_MS, REPLAY_MS, RUNNING_MS
+from serve_app.core.limits import NOW_US
 
 FORGET = 64  # expired records of a workspace that a new one sweeps out
 SLACK_MS = 3600 * 1000  # Redis itself drops a record so long after it expired, if nobody did before
 SEEN_MS = 3600 * 1000  # how long a bill may be tried again; callers give up within minutes
+BUCKET_SLACK_MS = 60 * 1000  # what a full bucket is kept: a clock of a test stands still
 HOUR_SEEN_MS = 40 * 24 * 3600 * 1000  # a reserved hour may be found unbilled until its month is closed
 
 
@@ -312,6 +314,39 @@ return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
 """,
 )
 
+# KEYS: the buckets of an API key. ARGV: now; for requests, then for tokens, if those are limited: microseconds that one
+# takes to come back, how many may come at once, the cost, and what is owed. See `core/limits.decide`, which this is.
+CHARGE = _script(
+    _UNLESS_FULL,
+    _NOW,
+    """
+local buckets, now_us, names = KEYS[1], now * 1000, {'requests_us', 'tokens_us'}
+local left, wait, refused = {0, 0}, {0, 0}, false
+local full = redis.call('HMGET', buckets, names[1], names[2])
+for i = 1, 2 do left[i] = math.max(0, (tonumber(full[i]) or 0) - now_us) end
+for i = 1, (#ARGV - 1) / 4 do
+  local each, at_once, cost, owed = unpack(ARGV, 4 * i - 2, 4 * i + 1)
+  left[i] = math.max(0, left[i] + owed * each)
+  local short = left[i] + (math.min(cost, at_once) - at_once) * each
+  if short > %(now_us)s then wait[i], refused = short, true end
+end
+if not refused then
+  for i = 1, (#ARGV - 1) / 4 do left[i] = math.max(0, left[i] + ARGV[4 * i] * ARGV[4 * i - 2]) end
+end
+local longest = math.max(left[1], left[2])
+if longest == 0 then redis.call('DEL', buckets) else
+  for i = 1, 2 do redis.call('HSET', buckets, names[i], string.format('%%.17g', now_us + left[i])) end
+  redis.call('PEXPIRE', buckets, math.ceil(longest / 1000) + %(slack_ms)d)
+end
+local answer = {}
+for i = 1, 2 do
+  answer[i], answer[i + 2] = string.format('%%.17g', wait[i]), string.format('%%.17g', left[i])
+end
+return answer
+"""
+    % {"now_us": NOW_US, "slack_ms": BUCKET_SLACK_MS},
+)
+
 SCRIPTS = (
     BEGIN,
     RENEW,
@@ -325,4 +360,5 @@ SCRIPTS = (
     TRIM,
     PUT_RESERVATION,
     ADD_WORKSPACE,
+    CHARGE,
 )

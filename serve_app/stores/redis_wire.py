@@ -31,6 +31,7 @@ from serve_app.core.idempotency import (
     Stored,
 )
 from serve_app.core.ledger import Kind, Recorded, UsageEvent, UsageLine
+from serve_app.core.limits import Buckets, Charge, Verdict
 from serve_app.stores import Cursor, DeadLetter
 from serve_app.stores import redis_scripts as scripts
 from serve_app.stores.redis_client import Command, call
@@ -56,6 +57,19 @@ def command(step: Step, now: str) -> Command:
         return call(scripts.COMPLETE, shard, *record, step.op, step.bytes, *reply, *bill)
     limits = (step.lease_ms, step.reserve_bytes, step.max_bytes, step.max_records)
     return call(scripts.BEGIN, shard, *record, step.attempt, step.op, step.fingerprint, *limits)
+
+
+def charge(charge: Charge, now: str) -> Command:
+    limit, cost, owed = charge.limit, charge.cost, charge.owed
+    args = [now, repr(limit.requests.each_us), limit.requests.at_once, cost.requests, owed.requests]
+    if limit.tokens is not None:
+        args += [repr(limit.tokens.each_us), limit.tokens.at_once, cost.tokens, owed.tokens]
+    return call(scripts.CHARGE, f"serve-app:{{limits}}:{charge.key}", *args)
+
+
+def verdict(row: Sequence[bytes]) -> Verdict:
+    waits_and_lefts = [float(number) for number in row]
+    return Verdict(wait=Buckets(*waits_and_lefts[:2]), buckets=Buckets(*waits_and_lefts[2:]))
 
 
 def outcome(name: bytes, *row: Any) -> Outcome:

@@ -1,8 +1,8 @@
 """The embedded store: one SQLite file, which any number of processes of one machine may open.
 
 A batch of steps is one transaction, synced to disk before `run` returns (WAL, synchronous=FULL); records change only as
-`core/idempotency.decide` says. Writes and reads have a connection and a thread each, so a look-up never waits for a
-sync. The tables are in `sqlite_schema.py`.
+`core/idempotency.decide` says. Writes, reads and rate limits have a connection and a thread each, so a look-up never
+waits for a sync. The tables are in `sqlite_schema.py`.
 """
 
 from __future__ import annotations
@@ -19,6 +19,8 @@ from typing import Any, TypeVar
 from serve_app.core.idempotency import Begin, Emit, Emitted, Holdings, Outcome, OverQuota, Record, Step, Stored, decide
 from serve_app.core.keys import ApiKey, Workspace
 from serve_app.core.ledger import Kind, Recorded, UsageEvent, UsageLine
+from serve_app.core.limits import Buckets, Charge, Verdict
+from serve_app.core.limits import decide as decide_charge
 from serve_app.core.reservations import Reservation
 from serve_app.stores import Clock, Cursor, DeadLetter, ShardState, Store, StoreDown, StoreUnfit
 from serve_app.stores.sqlite_schema import SCHEMA
@@ -55,6 +57,7 @@ class SqliteStore:
         self._now_ms = clock
         self._writer = _Connection(path, "store-write")
         self._reader = _Connection(path, "store-read")
+        self._limiter = _Connection(path, "store-limit", synced=False)
 
     async def prepare(self) -> None:
         """Make the file and its tables, or check that they are ours. Raises StoreUnfit."""
@@ -91,6 +94,9 @@ class SqliteStore:
     async def keys(self, workspace: str) -> list[ApiKey]:
         rows = await self._reader.rows("select body from keys where workspace = ? order by created_ms, body", workspace)
         return [ApiKey.from_json(body) for (body,) in rows]
+
+    async def charge(self, charges: Sequence[Charge]) -> list[Verdict]:
+        return await self._limiter.transact(lambda db: [_charge(db, charge, 1000 * self._now_ms()) for charge in charges])
 
     async def events(self, shard: int, after: int, limit: int) -> list[Recorded]:
         rows = await self._reader.rows(
@@ -226,9 +232,12 @@ class SqliteStore:
     async def purge(self, limit: int) -> int:
         now_ms = self._now_ms()
         sql = "delete from records where claim in (select claim from records where expires_ms <= ? limit ?)"
+        full = "delete from buckets where max(requests_us, tokens_us) <= ?"
+        await self._limiter.transact(lambda db: db.execute(full, (1000 * now_ms,)))
         return await self._writer.transact(lambda db: db.execute(sql, (now_ms, limit)).rowcount)
 
     async def close(self) -> None:
+        await self._limiter.close()
         await self._reader.close()
         await self._writer.close()
 
@@ -267,10 +276,11 @@ class SqliteStore:
 
 
 class _Connection:
-    """One connection in one thread."""
+    """One connection in one thread. synced: what it wrote survives a crash of the machine, once it says so."""
 
-    def __init__(self, path: Path, name: str) -> None:
+    def __init__(self, path: Path, name: str, *, synced: bool = True) -> None:
         self._path = path
+        self._synced = synced
         self._thread = ThreadPoolExecutor(1, thread_name_prefix=name)
         self._db: sqlite3.Connection | None = None
 
@@ -292,7 +302,7 @@ class _Connection:
     def _call(self, work: Callable[[sqlite3.Connection], T]) -> T:
         try:
             if self._db is None:
-                self._db = _connect(self._path)
+                self._db = _connect(self._path, synced=self._synced)
             return work(self._db)
         except (sqlite3.OperationalError, sqlite3.DatabaseError, OSError) as error:
             if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
@@ -305,11 +315,11 @@ class _Connection:
             self._db = None
 
 
-def _connect(path: Path) -> sqlite3.Connection:
+def _connect(path: Path, *, synced: bool) -> sqlite3.Connection:
     path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would let everybody read it
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
-    db.execute("pragma synchronous=full")
+    db.execute(f"pragma synchronous={'full' if synced else 'normal'}")
     return db
 
 
@@ -341,6 +351,16 @@ def _append(db: sqlite3.Connection, event: UsageEvent) -> bool:
         (*price, event.quantity),
     )
     return True
+
+
+def _charge(db: sqlite3.Connection, charge: Charge, now_us: int) -> Verdict:
+    row = db.execute("select requests_us, tokens_us from buckets where key = ?", (charge.key,)).fetchone()
+    before = Buckets(*(max(0.0, full_us - now_us) for full_us in row)) if row else Buckets()
+    verdict = decide_charge(before, charge)
+    if verdict.buckets != before:
+        full_us = (now_us + left_us for left_us in verdict.buckets)
+        db.execute("insert or replace into buckets values (?, ?, ?)", (charge.key, *full_us))
+    return verdict
 
 
 def _forget(db: sqlite3.Connection, workspace: str, now_ms: int) -> int:

@@ -52,6 +52,9 @@ _FIRST = (
     "create table reservations (id text primary key, settled int not null, body blob not null) without rowid",
 )
 
-_LIMITS = ()
+_LIMITS = (
+    # When a key's buckets are full again, in Unix microseconds. No row: they are full.
+    "create table buckets (key text primary key, requests_us real not null, tokens_us real not null) without rowid",
+)
 
 SCHEMA: tuple[tuple[str, ...], ...] = (_FIRST, _LIMITS)

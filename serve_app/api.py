@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import math
 import time
 import traceback
 import uuid
@@ -34,6 +35,7 @@ from serve_app.core.errors import (
     every_error,
 )
 from serve_app.service import Call, Service
+from serve_app.throttle import Standing
 
 logger = logging.getLogger(__name__)
 
@@ -158,7 +160,9 @@ class Edge:
             nonlocal started
             if message["type"] == "http.response.start":
                 started = True
-                _add_headers(call, MutableHeaders(scope=message))
+                headers = MutableHeaders(scope=message)
+                _add_headers(call, headers)
+                _add_limits(self.service.standing(call), headers)
             await send(message)
 
         try:
@@ -185,6 +189,14 @@ def _add_headers(call: Call, headers: MutableHeaders) -> None:
     headers["Server-Timing"] = ", ".join(
         f"{name};dur={1000 * seconds:.2f}" for name, seconds in steps.items() if seconds is not None
     )
+
+
+def _add_limits(standing: tuple[Standing, Standing | None] | None, headers: MutableHeaders) -> None:
+    for suffix, budget in zip(("", "-Tokens"), standing or (), strict=False):
+        if budget is not None:
+            headers[f"X-RateLimit-Limit{suffix}"] = str(budget.limit)
+            headers[f"X-RateLimit-Remaining{suffix}"] = str(budget.remaining)
+            headers[f"X-RateLimit-Reset{suffix}"] = str(math.ceil(time.time() + budget.full_in_s))
 
 
 async def _body(request: Request) -> bytes:

@@ -28,6 +28,9 @@ from serve_app.core.replies import Reply
 from serve_app.core.truncation import Tokenized
 from serve_app.dispatch import Encoded
 from serve_app.stores import Clock
+from serve_app.throttle import Standing, Throttle
+
+MODELS = "/v1/models"  # never counted against a rate
 
 
 class LiveModel(Protocol):
@@ -89,6 +92,7 @@ class Service:
         self,
         models: Models,
         accounts: Accounts,
+        throttle: Throttle,
         books: Books,
         rates: RateCard,
         *,
@@ -97,6 +101,7 @@ class Service:
     ) -> None:
         self._models = models
         self._accounts = accounts
+        self._throttle = throttle
         self._books = books
         self._rates = rates
         self._now_ms = now_ms
@@ -112,8 +117,20 @@ class Service:
             raise RequestTimeout(f"No answer within {self._request_timeout_s:g} s; the work was dropped.") from None
 
     async def admit(self, call: Call, authorization: str | None) -> None:
-        """Who is calling. Raises InvalidAPIKey."""
+        """Who is calling, and whether it may now. Raises InvalidAPIKey, RateLimitExceeded."""
         call.caller = await self._accounts.authenticate(authorization)
+        if call.route == MODELS or call.route.startswith(f"{MODELS}/"):
+            await self._throttle.look(call.caller)
+        else:
+            await self._throttle.admit(call.caller)
+
+    def standing(self, call: Call) -> tuple[Standing, Standing | None] | None:
+        """What is left of the caller's budgets, requests and tokens; None for a call without a caller."""
+        return None if call.caller is None else self._throttle.standing(call.caller)
+
+    async def close(self) -> None:
+        """Before the store is closed."""
+        await self._throttle.close()
 
     async def embed(self, call: Call, body: bytes) -> bytes:
         """`POST /v1/embeddings`: the response's body."""
@@ -156,6 +173,7 @@ class Service:
     async def _compute(self, call: Call, job: Job) -> Reply:
         tokenized = await self._tokenize(call, job.model, job.request.input)
         check_tokens(job.model.card, tokenized.packed.tokens)
+        await self._throttle.spend(job.caller, tokenized.packed.tokens)
         encoded = await self._encode(call, job.model, tokenized)
         return Reply(
             vectors=vectors.cut(encoded.vectors, job.dimensions),

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from serve_app.accounts import Caller
 from serve_app.apart import apart
 from serve_app.core.errors import RateLimitExceeded
-from serve_app.core.limits import Buckets, Budget, Charge, Cost, Limit, Verdict, decide
+from serve_app.core.limits import FULL, NOTHING, Buckets, Budget, Charge, Cost, Limit, Verdict, decide
 from serve_app.core.plans import Limits
 from serve_app.gather import Gather
 from serve_app.stores import Store, StoreDown
@@ -26,7 +26,9 @@ SLACK = 16  # the part of a burst that one ingress may have admitted unreported
 NEAR = 2  # at half of a burst the store is asked first
 KNOWN_US = 4_000_000  # what the store said is too old to go by after that, as a key is in `accounts.py`
 ASK_S = 5.0  # a store that takes longer is as good as down
-QUEUE_US = 6_000_000  # refused calls are told to come back one after the other, up to so much later than the first could
+QUEUE_US = (
+    6_000_000  # refused calls are told to come back one after the other, up to so much later than the first could
+)
 MOST_KEYS = 10_000
 BATCH = 256  # keys in one question to the store
 
@@ -47,10 +49,10 @@ class _Meter:
     """What this ingress knows of a key. told: the store's last word, and when it was asked for."""
 
     limit: Limit
-    told: Buckets = Buckets()
+    told: Buckets = FULL
     told_us: float | None = None
-    unsent: Cost = Cost()
-    sent: Cost = Cost()  # part of a question that is not answered yet
+    unsent: Cost = NOTHING
+    sent: Cost = NOTHING  # part of a question that is not answered yet
     promised_us: list[float] = field(default_factory=lambda: [0.0, 0.0])  # to refused calls: when the last may come
 
     def buckets(self, now_us: float) -> Buckets:
@@ -82,6 +84,7 @@ class Throttle:
         self._ask: Gather[Charge, Verdict] = Gather(store.charge, max_items=BATCH)
         self._meters: OrderedDict[str, _Meter] = OrderedDict()
         self._reporting: asyncio.Task[None] | None = None
+        self._closed = False
 
     async def admit(self, caller: Caller) -> None:
         """Take one request of the key's budget. Raises RateLimitExceeded."""
@@ -100,7 +103,7 @@ class Throttle:
 
     async def look(self, caller: Caller) -> None:
         """Take nothing, but learn how the budget stands."""
-        await self._ask_store(caller.key.id, self._meter(caller), Cost())
+        await self._ask_store(caller.key.id, self._meter(caller), NOTHING)
 
     def standing(self, caller: Caller) -> tuple[Standing, Standing | None]:
         """Of requests, and of tokens if they are limited: as far as this ingress knows."""
@@ -112,10 +115,11 @@ class Throttle:
     async def report(self) -> None:
         """Tell the store what was admitted without asking it."""
         owing = [(key, meter) for key, meter in self._meters.items() if any(meter.unsent)]
-        await asyncio.gather(*(self._ask_store(key, meter, Cost()) for key, meter in owing))
+        await asyncio.gather(*(self._ask_store(key, meter, NOTHING) for key, meter in owing))
 
     async def close(self) -> None:
         """Report what is left."""
+        self._closed = True
         if self._reporting is not None:
             self._reporting.cancel()
         await self.report()
@@ -134,15 +138,14 @@ class Throttle:
 
     async def _ask_store(self, key: str, meter: _Meter, cost: Cost) -> Verdict:
         owed, asked_us = meter.unsent, self._now_us()
-        meter.unsent, meter.sent = Cost(), meter.sent.plus(owed)
+        meter.unsent, meter.sent = NOTHING, meter.sent.plus(owed)
         try:
             async with asyncio.timeout(ASK_S):
                 verdict = await self._ask(Charge(key=key, limit=meter.limit, cost=cost, owed=owed))
         except (StoreDown, TimeoutError):
             meter.sent, meter.unsent = meter.sent.minus(owed), meter.unsent.plus(owed)
             verdict = decide(meter.buckets(self._now_us()), Charge(key=key, limit=meter.limit, cost=cost))
-            if verdict.admitted:
-                self._owe(meter, cost)
+            self._owe(meter, cost if verdict.admitted else NOTHING)
             return verdict
         except BaseException:  # nobody waits any more; whether the store took it, nobody knows
             meter.sent, meter.unsent = meter.sent.minus(owed), meter.unsent.plus(owed)
@@ -153,7 +156,7 @@ class Throttle:
 
     def _owe(self, meter: _Meter, cost: Cost) -> None:
         meter.unsent = meter.unsent.plus(cost)
-        if self._reporting is None:
+        if any(meter.unsent) and self._reporting is None and not self._closed:
             self._reporting = apart(self._report_later())
 
     async def _report_later(self) -> None:
@@ -186,8 +189,8 @@ class Throttle:
         meter = self._meters.get(key.id)
         if meter is None:
             meter = self._meters[key.id] = _Meter(limit=limit)
-            while len(self._meters) > MOST_KEYS:
-                self._meters.popitem(last=False)
+            if len(self._meters) > MOST_KEYS:
+                self._meters.popitem(last=False)  # so long unused that it has nothing to report
         self._meters.move_to_end(key.id)
         meter.limit = limit
         return meter

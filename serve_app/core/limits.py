@@ -67,6 +67,9 @@ class Buckets(NamedTuple):
     tokens_us: float = 0.0
 
 
+FULL = Buckets()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Limit:
     """Of one key. tokens: None if they are not limited."""
@@ -86,6 +89,9 @@ class Limit:
         return Buckets(self.requests.wait_us(buckets.requests_us, cost.requests), tokens_us)
 
 
+NOTHING = Cost()
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Charge:
     """A question to a store. owed: what was admitted without asking, and is taken whatever the buckets hold."""
@@ -93,7 +99,7 @@ class Charge:
     key: str
     limit: Limit
     cost: Cost
-    owed: Cost = Cost()
+    owed: Cost = NOTHING
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -23,6 +23,7 @@ from serve_app.deployments.nodes import check_nodes
 from serve_app.service import Service
 from serve_app.stores import Store, is_local, open_store
 from serve_app.stores.blobs import Blobs
+from serve_app.throttle import Throttle
 
 
 class IngressReplica:
@@ -48,6 +49,7 @@ class IngressReplica:
             watch = asyncio.create_task(models.watch())
             yield
             watch.cancel()
+            await service.close()
             await store.close()
 
         return _without_request_id(build_app(service, max_body_bytes=settings.max_body_bytes, lifespan=lifespan))
@@ -58,6 +60,7 @@ class IngressReplica:
         return Service(
             models,
             Accounts(store, now_ms=_now_ms, patience_s=settings.patience_s),
+            Throttle(store, settings.limits),
             Books(store, Clerks(), Blobs(Path(settings.blobs)), settings),
             settings.rates,
             now_ms=_now_ms,

@@ -319,6 +319,7 @@ return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
 CHARGE = _script(
     _UNLESS_FULL,
     _NOW,
+    f"local NOW_US, SLACK_MS = {NOW_US}, {BUCKET_SLACK_MS}",
     """
 local buckets, now_us, names = KEYS[1], now * 1000, {'requests_us', 'tokens_us'}
 local left, wait, refused = {0, 0}, {0, 0}, false
@@ -328,23 +329,22 @@ for i = 1, (#ARGV - 1) / 4 do
   local each, at_once, cost, owed = unpack(ARGV, 4 * i - 2, 4 * i + 1)
   left[i] = math.max(0, left[i] + owed * each)
   local short = left[i] + (math.min(cost, at_once) - at_once) * each
-  if short > %(now_us)s then wait[i], refused = short, true end
+  if short > NOW_US then wait[i], refused = short, true end
 end
 if not refused then
   for i = 1, (#ARGV - 1) / 4 do left[i] = math.max(0, left[i] + ARGV[4 * i] * ARGV[4 * i - 2]) end
 end
 local longest = math.max(left[1], left[2])
 if longest == 0 then redis.call('DEL', buckets) else
-  for i = 1, 2 do redis.call('HSET', buckets, names[i], string.format('%%.17g', now_us + left[i])) end
-  redis.call('PEXPIRE', buckets, math.ceil(longest / 1000) + %(slack_ms)d)
+  for i = 1, 2 do redis.call('HSET', buckets, names[i], string.format('%.17g', now_us + left[i])) end
+  redis.call('PEXPIRE', buckets, math.ceil(longest / 1000) + SLACK_MS)
 end
 local answer = {}
 for i = 1, 2 do
-  answer[i], answer[i + 2] = string.format('%%.17g', wait[i]), string.format('%%.17g', left[i])
+  answer[i], answer[i + 2] = string.format('%.17g', wait[i]), string.format('%.17g', left[i])
 end
 return answer
-"""
-    % {"now_us": NOW_US, "slack_ms": BUCKET_SLACK_MS},
+""",
 )
 
 SCRIPTS = (

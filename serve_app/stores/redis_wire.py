@@ -61,7 +61,7 @@ def command(step: Step, now: str) -> Command:
 
 def charge(charge: Charge, now: str) -> Command:
     limit, cost, owed = charge.limit, charge.cost, charge.owed
-    args = [now, repr(limit.requests.each_us), limit.requests.at_once, cost.requests, owed.requests]
+    args: list[str | int] = [now, repr(limit.requests.each_us), limit.requests.at_once, cost.requests, owed.requests]
     if limit.tokens is not None:
         args += [repr(limit.tokens.each_us), limit.tokens.at_once, cost.tokens, owed.tokens]
     return call(scripts.CHARGE, f"serve-app:{{limits}}:{charge.key}", *args)

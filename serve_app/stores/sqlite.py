@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from serve_app.core.idempotency import Begin, Emit, Emitted, Holdings, Outcome, OverQuota, Record, Step, Stored, decide
 from serve_app.core.keys import ApiKey, Workspace
 from serve_app.core.ledger import Kind, Recorded, UsageEvent, UsageLine
-from serve_app.core.limits import Buckets, Charge, Verdict
+from serve_app.core.limits import FULL, Buckets, Charge, Verdict
 from serve_app.core.limits import decide as decide_charge
 from serve_app.core.reservations import Reservation
 from serve_app.stores import Clock, Cursor, DeadLetter, ShardState, Store, StoreDown, StoreUnfit
@@ -96,7 +96,9 @@ class SqliteStore:
         return [ApiKey.from_json(body) for (body,) in rows]
 
     async def charge(self, charges: Sequence[Charge]) -> list[Verdict]:
-        return await self._limiter.transact(lambda db: [_charge(db, charge, 1000 * self._now_ms()) for charge in charges])
+        return await self._limiter.transact(
+            lambda db: [_charge(db, charge, 1000 * self._now_ms()) for charge in charges]
+        )
 
     async def events(self, shard: int, after: int, limit: int) -> list[Recorded]:
         rows = await self._reader.rows(
@@ -355,7 +357,7 @@ def _append(db: sqlite3.Connection, event: UsageEvent) -> bool:
 
 def _charge(db: sqlite3.Connection, charge: Charge, now_us: int) -> Verdict:
     row = db.execute("select requests_us, tokens_us from buckets where key = ?", (charge.key,)).fetchone()
-    before = Buckets(*(max(0.0, full_us - now_us) for full_us in row)) if row else Buckets()
+    before = Buckets(*(max(0.0, full_us - now_us) for full_us in row)) if row else FULL
     verdict = decide_charge(before, charge)
     if verdict.buckets != before:
         full_us = (now_us + left_us for left_us in verdict.buckets)

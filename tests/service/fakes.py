@@ -38,6 +38,7 @@ from serve_app.encoders.tokenizer import Tokenizer
 from serve_app.service import LiveModel, Models, Service
 from serve_app.stores import Clock, Store, open_store
 from serve_app.stores.blobs import Blobs
+from serve_app.throttle import Throttle
 
 CARD = ModelCard(
     id="all-MiniLM-L6-v2",
@@ -218,6 +219,7 @@ def service_over(
     return Service(
         models,
         Accounts(store, now_ms=clock, patience_s=chosen.patience_s),
+        Throttle(store, chosen.limits),
         Books(store, clerk or DeskClerk(store), Blobs(folder), chosen),
         chosen.rates,
         now_ms=clock,

@@ -21,7 +21,7 @@ from serve_app.core.plans import Limits
 from serve_app.gather import Gather
 from serve_app.stores import Store, StoreDown
 
-REPORT_S = 0.25
+REPORT_S = 1.0
 SLACK = 16  # the part of a burst that one ingress may have admitted unreported
 NEAR = 2  # at half of a burst the store is asked first
 KNOWN_US = 4_000_000  # what the store said is too old to go by after that, as a key is in `accounts.py`
@@ -78,9 +78,12 @@ def _is_far(budget: Budget, held_back: int, left_us: float) -> bool:
 class Throttle:
     """The budgets of the keys that call at this ingress."""
 
-    def __init__(self, store: Store, limits: Limits, *, now_us: Callable[[], float] | None = None) -> None:
+    def __init__(
+        self, store: Store, limits: Limits, *, now_us: Callable[[], float] | None = None, report_s: float = REPORT_S
+    ) -> None:
         self._limits = limits
         self._now_us = now_us or _monotonic_us
+        self._report_s = report_s
         self._ask: Gather[Charge, Verdict] = Gather(store.charge, max_items=BATCH)
         self._meters: OrderedDict[str, _Meter] = OrderedDict()
         self._reporting: asyncio.Task[None] | None = None
@@ -161,7 +164,7 @@ class Throttle:
 
     async def _report_later(self) -> None:
         try:
-            await asyncio.sleep(REPORT_S)
+            await asyncio.sleep(self._report_s)
         finally:
             self._reporting = None
         await self.report()

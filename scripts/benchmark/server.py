@@ -41,6 +41,8 @@ HAPROXY_SETTINGS = {
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # SIGINT waits for requests, not for a timer
 }
+# A plan's rate would be what is measured.
+UNLIMITED = {"plans": {plan: {"requests_per_minute": 100_000_000} for plan in ("pro", "team", "enterprise")}}
 HAPROXY_PORTS = (
     "RAY_SERVE_HAPROXY_STATS_PORT",
     "RAY_SERVE_HAPROXY_METRICS_PORT",
@@ -118,6 +120,9 @@ def serving(config: Path, root: Path, folder: Path) -> Iterator[Server]:
     port, *haproxy = _free_ports(1 + len(HAPROXY_PORTS))
     generated, log, mark = folder / "deployments.yaml", folder / "server.log", uuid.uuid4().hex
     deployments: dict[str, Any] = yaml.safe_load(config.read_text())
+    for application in deployments["applications"]:
+        if application.get("route_prefix", "/") == "/":
+            application.setdefault("args", {}).setdefault("limits", UNLIMITED)
     deployments["http_options"] = {**deployments.get("http_options", {}), "host": HOST, "port": port}
     generated.write_text(yaml.safe_dump(deployments))
     ports = dict(zip(HAPROXY_PORTS, map(str, haproxy), strict=True))

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 MINUTE_US = 60_000_000
 AT_ONCE = 10  # the part of a minute's budget that may come at once: 50 of 500
-NOW_US = 1e-3  # less than this is rounding
+NOW_US = 1.0  # less than this is rounding: Unix microseconds in a float are good to a quarter of one
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -36,7 +36,7 @@ class Budget:
         What is more than the bucket holds goes once it is full, and leaves it owing. A bucket that owes gives nothing.
         """
         wait_us = max(0.0, left_us) + (min(cost, self.at_once) - self.at_once) * self.each_us
-        return wait_us if wait_us > NOW_US else 0.0
+        return wait_us if wait_us >= NOW_US else 0.0
 
     def taken(self, left_us: float, cost: int) -> float:
         """When it is full again once so much is taken (or, below 0, given back), in microseconds from now."""
@@ -44,7 +44,7 @@ class Budget:
 
     def remaining(self, left_us: float) -> int:
         """How much may be taken right now."""
-        return max(0, math.floor(self.at_once - left_us / self.each_us + 1e-9))
+        return min(self.at_once, max(0, math.floor(self.at_once - (left_us - NOW_US) / self.each_us)))
 
 
 class Cost(NamedTuple):

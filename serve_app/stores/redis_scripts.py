@@ -329,7 +329,7 @@ for i = 1, (#ARGV - 1) / 4 do
   local each, at_once, cost, owed = unpack(ARGV, 4 * i - 2, 4 * i + 1)
   left[i] = math.max(0, left[i] + owed * each)
   local short = left[i] + (math.min(cost, at_once) - at_once) * each
-  if short > NOW_US then wait[i], refused = short, true end
+  if short >= NOW_US then wait[i], refused = short, true end
 end
 if not refused then
   for i = 1, (#ARGV - 1) / 4 do left[i] = math.max(0, left[i] + ARGV[4 * i] * ARGV[4 * i - 2]) end

@@ -25,6 +25,7 @@ import yaml
 
 from tests.checkpoints import make_checkpoint
 from tests.redis_server import RedisServer
+from tests.service.fakes import UNLIMITED
 
 ROOT = Path(__file__).parents[2]
 START_S = 400.0  # a minute on a machine of its own; slow and busy ones are not what is tested
@@ -111,8 +112,9 @@ class LiveServer:
     def config(self, models: list[dict[str, Any]]) -> Path:
         """A Serve config of the ingress and these models."""
         sinks = [{"name": "files", "url": f"jsonl:{self.usage_folder}"}]
+        args = {"limits": UNLIMITED}  # tests ask faster than a plan allows
         apps: list[dict[str, Any]] = [
-            {"name": "ingress", "route_prefix": "/", "import_path": "serve_app.app:ingress", "args": {}},
+            {"name": "ingress", "route_prefix": "/", "import_path": "serve_app.app:ingress", "args": args},
             {"name": "idempotency", "route_prefix": None, "import_path": "serve_app.app:idempotency", "args": {}},
             {"name": "usage", "route_prefix": None, "import_path": "serve_app.app:usage", "args": {"sinks": sinks}},
         ]

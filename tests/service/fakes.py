@@ -153,6 +153,8 @@ class FakeModels:
         return ready | {name: ModelState(state="loading", replicas=0, pending_sequences=0) for name in self.loading}
 
 
+UNLIMITED = {"plans": {plan: {"requests_per_minute": 100_000_000} for plan in ("pro", "team", "enterprise")}}
+
 KEY = keys.mint(bytes(range(keys.SECRET_BYTES)))
 AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 WORKSPACE = Workspace(id="ws_test", name="test", plan=Plan.TEAM, created_ms=0)
@@ -214,12 +216,13 @@ def service_over(
 ) -> Service:
     """A service on real books. settings: of the ingress."""
     store = store or shared_store()
-    chosen = IngressSettings(**{"request_timeout_s": 30.0, "patience_s": 10.0} | settings)
+    usual: dict[str, Any] = {"request_timeout_s": 30.0, "patience_s": 10.0, "limits": UNLIMITED}
+    chosen = IngressSettings(**usual | settings)
     folder = blobs or Path(tempfile.gettempdir()) / "no-blobs-here"
     return Service(
         models,
         Accounts(store, now_ms=clock, patience_s=chosen.patience_s),
-        Throttle(store, chosen.limits),
+        Throttle(store, chosen.limits, now_us=lambda: 1000.0 * clock()),
         Books(store, clerk or DeskClerk(store), Blobs(folder), chosen),
         chosen.rates,
         now_ms=clock,

@@ -79,12 +79,12 @@ def build_app(service: Service, *, max_body_bytes: int, lifespan: Lifespan | Non
         body=schema.EmbeddingsRequest,
         parameters=[IDEMPOTENCY_KEY],
     )
-    tokenize_route = _documented(schema.TokenizeResponse, 400, 404, 504, body=schema.TokenizeRequest)
+    tokenize_route = _documented(schema.TokenizeResponse, 400, 404, 429, 504, body=schema.TokenizeRequest)
     app.post("/v1/embeddings", **embeddings_route)(embeddings)
     app.post("/v1/tokenize", **tokenize_route)(tokenize)
     app.get("/v1/models", **_documented(schema.ModelList))(list_models)
     app.get("/v1/models/{id:path}", **_documented(schema.Model, 404, parameters=[MODEL_ID]))(retrieve_model)
-    app.get("/v1/usage", **_documented(schema.UsageReport, 400, parameters=USAGE_QUERY))(usage)
+    app.get("/v1/usage", **_documented(schema.UsageReport, 400, 429, parameters=USAGE_QUERY))(usage)
     app.get("/health", **_documented(schema.Health, open=True))(health)
     app.get("/ready", **_documented(schema.Readiness, open=True, also={503: schema.Readiness}))(ready)
     app.add_exception_handler(HTTPException, _unrouted)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from serve_app.cli import keys, ledger, workspaces
+from serve_app.cli import keys, ledger, usage, workspaces
 from serve_app.cli.terminal import Commands
 
 EXIT_CODES = (
@@ -28,3 +28,4 @@ app = typer.Typer(
 app.add_typer(workspaces.app, name="workspace")
 app.add_typer(keys.app, name="key")
 app.add_typer(ledger.app, name="ledger")
+app.add_typer(usage.app, name="usage")

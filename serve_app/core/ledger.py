@@ -175,10 +175,15 @@ def cloud_event(recorded: Recorded, source: str) -> dict[str, Any]:
 
 def report(lines: Sequence[UsageLine], by: Sequence[str]) -> list[dict[str, Any]]:
     """Lines added up by any of day, model, api_key: the rows of `GET /v1/usage`. Each row is rounded once."""
+    return [_row(by, group, found) for group, found in grouped(lines, (*by, "kind")).items()]
+
+
+def grouped(lines: Sequence[UsageLine], by: Sequence[str]) -> dict[tuple[str, ...], list[UsageLine]]:
+    """By the values of these fields, in their order."""
     groups: dict[tuple[str, ...], list[UsageLine]] = {}
     for line in lines:
-        groups.setdefault((*(getattr(line, name) for name in by), line.kind.value), []).append(line)
-    return [_row(by, group, groups[group]) for group in sorted(groups)]
+        groups.setdefault(tuple(getattr(line, name) for name in by), []).append(line)
+    return dict(sorted(groups.items()))
 
 
 def total_micros(lines: Sequence[UsageLine]) -> int:

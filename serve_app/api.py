@@ -8,6 +8,7 @@ from __future__ import annotations
 import functools
 import logging
 import math
+import re
 import time
 import traceback
 import uuid
@@ -21,8 +22,10 @@ from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.exceptions import HTTPException
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
+from starlette.websockets import WebSocketClose
 
 from serve_app.core import schema
 from serve_app.core.errors import (
@@ -55,12 +58,31 @@ USAGE_QUERY: list[dict[str, Any]] = [
     {"name": "group_by", "in": "query", "style": "form", "explode": False, "schema": GROUP_BY},
 ]
 OPEN = frozenset({"/health", "/ready"})  # whatever is not named here asks for a key, routes that come later included
+REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # what a caller may choose: it goes into logs and the ledger
+SECURITY_HEADERS = {
+    "X-Content-Type-Options": "nosniff",
+    "Cache-Control": "no-store",
+    "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
+    "Referrer-Policy": "no-referrer",
+}
+CORS_REQUEST_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id")
+CORS_RESPONSE_HEADERS = (
+    "Idempotent-Replayed",
+    "Retry-After",
+    "retry-after-ms",
+    "Server-Timing",
+    "X-Model-Fingerprint",
+    *(f"X-RateLimit-{name}{suffix}" for suffix in ("", "-Tokens") for name in ("Limit", "Remaining", "Reset")),
+    "X-Request-Id",
+)
 
 Lifespan = Callable[[FastAPI], AbstractAsyncContextManager[None]]
 
 
-def build_app(service: Service, *, max_body_bytes: int, lifespan: Lifespan | None = None) -> ASGIApp:
-    """The whole HTTP side of the service."""
+def build_app(
+    service: Service, *, max_body_bytes: int, cors_origins: Sequence[str] = (), lifespan: Lifespan | None = None
+) -> ASGIApp:
+    """The whole HTTP side of the service. cors_origins: of web pages that may call it."""
     app = FastAPI(
         title="Embeddings",
         summary="OpenAI-compatible embeddings, many models behind one address.",
@@ -92,7 +114,7 @@ def build_app(service: Service, *, max_body_bytes: int, lifespan: Lifespan | Non
     app.add_exception_handler(ClientDisconnect, _gone)
     app.add_exception_handler(Exception, _broken)
     app.openapi = functools.partial(_openapi, app)  # type: ignore[method-assign]
-    return Edge(app, service)
+    return Edge(app, service, cors_origins)
 
 
 async def embeddings(request: Request) -> Response:
@@ -136,19 +158,31 @@ async def ready(request: Request) -> Response:
 
 
 class Edge:
-    """Around everything: no way in without a key but the open routes; a request id and the time on every response."""
+    """Around everything: a request id, the time and the security headers on every response."""
 
-    def __init__(self, app: ASGIApp, service: Service) -> None:
+    def __init__(self, app: ASGIApp, service: Service, cors_origins: Sequence[str]) -> None:
         self.app = app
         self.service = service
+        self.door = Door(app, service)
+        self.cors_origins = frozenset(cors_origins)
+        self.cors_door = CORSMiddleware(
+            self.door,
+            allow_origins=cors_origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=CORS_REQUEST_HEADERS,
+            expose_headers=CORS_RESPONSE_HEADERS,
+        )
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        if scope["type"] != "http":
+        if scope["type"] == "lifespan":
             await self.app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await WebSocketClose(1008)(scope, receive, send)
             return
         headers = Headers(scope=scope)
         call = Call(
-            request_id=headers.get("x-request-id") or uuid.uuid4().hex,
+            request_id=_request_id(headers),
             started_s=time.perf_counter(),
             route=scope["path"],
             idempotency_keys=headers.getlist("idempotency-key"),
@@ -165,19 +199,41 @@ class Edge:
                 _add_limits(self.service.standing(call), headers)
             await send(message)
 
+        way_in = self.cors_door if headers.get("origin") in self.cors_origins else self.door
         try:
-            if call.route not in OPEN:
-                await self.service.admit(call, headers.get("authorization"))
-            await self.app(scope, receive, send_with_headers)
-        except ServiceError as error:  # not admitted; what a route raises is answered further in
-            await _error(error)(scope, receive, send_with_headers)
+            await way_in(scope, receive, send_with_headers)
         except Exception:
             if not started:
                 raise  # nothing was said, not even by _broken
 
 
+class Door:
+    """No way in without a key, but to the open routes."""
+
+    def __init__(self, app: ASGIApp, service: Service) -> None:
+        self.app = app
+        self.service = service
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        call: Call = scope["call"]
+        try:
+            if call.route not in OPEN:
+                await self.service.admit(call, Headers(scope=scope).get("authorization"))
+            await self.app(scope, receive, send)
+        except ServiceError as error:  # not admitted; what a route raises is answered further in
+            await _error(error)(scope, receive, send)
+
+
+def _request_id(headers: Headers) -> str:
+    """The caller's, if it may stand in a log; else one of our own."""
+    given = headers.get("x-request-id", "")
+    return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
 def _add_headers(call: Call, headers: MutableHeaders) -> None:
     headers["X-Request-Id"] = call.request_id
+    for name, value in SECURITY_HEADERS.items():
+        headers[name] = value
     if call.replay_of:
         headers["Idempotent-Replayed"] = "true"
         headers["X-Runinfra-Idempotent-Replay"] = "true"
@@ -244,7 +300,7 @@ async def _gone(_: Request, __: Exception) -> Response:
 async def _broken(request: Request, error: Exception) -> Response:
     """Logged by type and place; not in the exception's own words, which may quote the caller's text."""
     frames = "".join(traceback.format_tb(error.__traceback__))
-    logger.error("request %.64s: %s\n%s", _call(request).request_id, type(error).__qualname__, frames)
+    logger.error("request %s: %s\n%s", _call(request).request_id, type(error).__qualname__, frames)
     return _error(InternalError("Something broke on our side."))
 
 

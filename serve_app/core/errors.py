@@ -51,10 +51,16 @@ class ServiceError(Exception):
         return {"error": {"message": self.message, "type": self.type, "param": self.param, "code": self.code}}
 
     def headers(self) -> dict[str, str]:
-        """`Retry-After` in whole seconds, at least 1 and at most 120, where waiting helps; `x-should-retry`."""
+        """`Retry-After`, 1 to 120 s, where waiting helps, and `retry-after-ms`, if it is known better than that.
+
+        The OpenAI SDK goes by the finer one. `x-should-retry` where the status would mislead it.
+        """
         headers = {} if self.should_retry is None else {"x-should-retry": self.should_retry}
         if self.retry_after_s is not None:
-            headers["Retry-After"] = str(math.ceil(min(MAX_RETRY_AFTER_S, max(1, self.retry_after_s))))
+            wait_s = min(MAX_RETRY_AFTER_S, max(0.0, self.retry_after_s))
+            headers["Retry-After"] = str(max(1, math.ceil(wait_s)))
+            if (wait_ms := math.ceil(1000 * wait_s)) and wait_ms != 1000 * int(headers["Retry-After"]):
+                headers["retry-after-ms"] = str(wait_ms)
         return headers
 
 

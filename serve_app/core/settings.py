@@ -6,15 +6,18 @@ anchor keeps them so.
 
 from __future__ import annotations
 
+import re
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from serve_app.core.plans import Limits
 from serve_app.core.pricing import RateCard
 from serve_app.core.strict import StrictModel
 
 GIB = 2**30
+_ORIGIN = re.compile(r"https?://([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?")
+_DEFAULT_PORT = re.compile(r"http://.*:80|https://.*:443")
 
 
 class StoreSettings(StrictModel):
@@ -42,6 +45,8 @@ class IngressSettings(StoreSettings):
     """Tokens that may wait for one model in one ingress; beyond it requests get 503 `at_capacity`."""
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 4096
     """Requests that one ingress works on at once."""
+    cors_origins: tuple[str, ...] = ()
+    """Web pages that browsers may let call this service: `https://app.example.com`, exactly as a browser sends it."""
     rates: RateCard = RateCard()
     """Prices: see `core/pricing.py`."""
     limits: Limits = Limits()
@@ -56,6 +61,18 @@ class IngressSettings(StoreSettings):
     """Replies that one workspace may keep for replays, together."""
     replay_records: Annotated[int, Field(ge=0)] = 1_000_000
     """Idempotency keys that one workspace may use in 24 hours."""
+
+    @field_validator("cors_origins")
+    @classmethod
+    def _exact_origins(cls, origins: tuple[str, ...]) -> tuple[str, ...]:
+        """What no browser would send would silently allow nothing, and a pattern more than was meant."""
+        for origin in origins:
+            if not _ORIGIN.fullmatch(origin) or _DEFAULT_PORT.fullmatch(origin):
+                raise ValueError(
+                    f"{origin!r} is no origin: scheme://host, or scheme://host:port if that is not the scheme's "
+                    "own port, in lower case, without a path; `*` is not accepted"
+                )
+        return origins
 
 
 class IdempotencySettings(StoreSettings):

@@ -52,7 +52,13 @@ class IngressReplica:
             await service.close()
             await store.close()
 
-        return _without_request_id(build_app(service, max_body_bytes=settings.max_body_bytes, lifespan=lifespan))
+        app = build_app(
+            service,
+            max_body_bytes=settings.max_body_bytes,
+            cors_origins=settings.cors_origins,
+            lifespan=lifespan,
+        )
+        return _without_request_id(app)
 
     def service(self, models: LiveModels, store: Store) -> Service:
         """What answers the requests of this ingress."""
@@ -73,13 +79,22 @@ def _now_ms() -> int:
 
 
 def _without_request_id(app: ASGIApp) -> ASGIApp:
-    """Serve appends X-Request-Id itself, with the same value: it is Serve that gave it to the request."""
+    """Serve appends the X-Request-Id that the request had when it came here: it would be there twice.
+
+    Where the service put an id of its own in its place, both go out: only ours is in the log and in the ledger.
+    """
 
     # A plain function, not an object with __call__: uvicorn takes bound methods for ASGI 2.
     async def serve_adds_it(scope: Scope, receive: Receive, send: Send) -> None:
+        given = [value for name, value in scope.get("headers", ()) if name == b"x-request-id"][:1]
+
         async def send_without(message: Message) -> None:
             if message["type"] == "http.response.start":
-                message["headers"] = [pair for pair in message["headers"] if pair[0].lower() != b"x-request-id"]
+                message["headers"] = [
+                    (name, value)
+                    for name, value in message["headers"]
+                    if name.lower() != b"x-request-id" or value not in given
+                ]
             await send(message)
 
         await app(scope, receive, send_without)

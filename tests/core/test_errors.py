@@ -106,7 +106,10 @@ def test_waiting_is_only_advised_where_it_helps() -> None:
 
 def test_a_key_of_another_request_is_not_retried_and_one_that_still_runs_is() -> None:
     assert IdempotencyConflict("Another request's.").headers() == {"x-should-retry": "false"}
-    assert IdempotencyInProgress("Still runs.", retry_after_s=0.2).headers() == {"Retry-After": "1"}
+    assert IdempotencyInProgress("Still runs.", retry_after_s=0.2).headers() == {
+        "Retry-After": "1",
+        "retry-after-ms": "200",
+    }
 
 
 def test_both_headers_may_be_sent() -> None:
@@ -117,7 +120,7 @@ def test_both_headers_may_be_sent() -> None:
 @pytest.mark.parametrize("error", [RateLimitExceeded, StoreUnavailable, IdempotencyInProgress])
 def test_who_must_wait_is_told_how_long(error: type[ServiceError]) -> None:
     assert "`Retry-After`" in error.advice
-    assert error("Later.", retry_after_s=7.5).headers() == {"Retry-After": "8"}
+    assert error("Later.", retry_after_s=7.5).headers() == {"Retry-After": "8", "retry-after-ms": "7500"}
 
 
 @pytest.mark.parametrize(
@@ -135,16 +138,38 @@ def test_who_must_wait_is_told_how_long(error: type[ServiceError]) -> None:
     ],
 )
 def test_retry_after_is_rounded_up_to_whole_seconds_between_1_and_120(seconds: float, header: str) -> None:
-    assert AtCapacity("Full.", retry_after_s=seconds).headers() == {"Retry-After": header}
+    assert AtCapacity("Full.", retry_after_s=seconds).headers()["Retry-After"] == header
+
+
+@pytest.mark.parametrize(
+    ("seconds", "header"),
+    [
+        (-5, None),  # nothing better is known than not at once
+        (0, None),
+        (0.00001, "1"),
+        (0.12, "120"),
+        (0.9999, None),  # as much as Retry-After says
+        (1, None),
+        (1.01, "1010"),
+        (119.01, "119010"),
+        (120, None),
+        (1e9, None),
+    ],
+)
+def test_retry_after_ms_says_what_whole_seconds_cannot(seconds: float, header: str | None) -> None:
+    assert AtCapacity("Full.", retry_after_s=seconds).headers().get("retry-after-ms") == header
 
 
 @quick
 @given(st.floats(allow_nan=False))
 @example(math.inf)
 def test_retry_after_is_a_number_that_clients_obey_whatever_was_measured(seconds: float) -> None:
-    header = AtCapacity("Full.", retry_after_s=seconds).headers()["Retry-After"]
-    assert header.isdecimal()
-    assert 1 <= int(header) <= 120
+    headers = AtCapacity("Full.", retry_after_s=seconds).headers()
+    assert headers["Retry-After"].isdecimal()
+    assert 1 <= int(headers["Retry-After"]) <= 120
+    milliseconds = headers.get("retry-after-ms", "1")
+    assert milliseconds.isdecimal()
+    assert 1 <= int(milliseconds) <= 1000 * int(headers["Retry-After"])
 
 
 @pytest.mark.parametrize("name", ["bge-m3", "BAAI/bge-m3", "all-MiniLM-L6-v2", "encodingformat", "_x", "0", "a" * 64])

@@ -9,7 +9,7 @@ from urllib.parse import unquote_to_bytes
 
 import pytest
 from fastapi import APIRouter, FastAPI, Response
-from starlette.routing import BaseRoute, Mount
+from starlette.routing import Mount
 from starlette.types import Message
 
 from serve_app.api import OPEN, Edge, build_app
@@ -72,7 +72,7 @@ async def ask(
     return sent[0]["status"], b"".join(message.get("body", b"") for message in sent[1:])
 
 
-def paths_of(routes: Sequence[BaseRoute], prefix: str = "") -> Iterator[str]:
+def paths_of(routes: Sequence[Any], prefix: str = "") -> Iterator[str]:
     """Of a route table, what a mount holds included, with something in each parameter's place."""
     for route in routes:
         if hasattr(route, "original_router"):  # FastAPI's, for a router that was included

@@ -18,7 +18,8 @@ from serve_app.core.settings import IdempotencySettings, IngressSettings, StoreS
 from serve_app.deployments.encoder import MAX_UNITS_AT_A_REPLICA, EncoderReplica
 from serve_app.deployments.idempotency import IdempotencyReplica, shard_name
 from serve_app.deployments.ingress import IngressReplica
-from serve_app.deployments.usage import UsageReplica, UsageSettings
+from serve_app.deployments.usage import UsageReplica
+from serve_app.sinks.settings import UsageSettings
 from serve_app.stores import DEFAULT_URL, is_local
 from serve_app.stores.sqlite import path_of
 

@@ -10,42 +10,22 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
-from typing import Annotated
 
-from pydantic import ConfigDict, Field
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
 from serve_app.core.catalog import ModelCard, names_in
-from serve_app.core.pricing import RateCard
-from serve_app.core.settings import StoreSettings
 from serve_app.deployments.nodes import check_nodes
 from serve_app.meter import Meter
 from serve_app.relay import Lag, Relay
-from serve_app.sinks import SinkSettings, open_sink
+from serve_app.sinks import open_sink
+from serve_app.sinks.settings import UsageSettings
 from serve_app.stores import open_store
 
 DAY_MS = 24 * 3600 * 1000
 TRIM_S = 600.0
 
 logger = logging.getLogger(__name__)
-
-
-class UsageSettings(StoreSettings):
-    """The `args` of the usage application."""
-
-    model_config = ConfigDict(hide_input_in_errors=True)  # it may be a sink's secret under a mistyped name
-
-    sinks: tuple[SinkSettings, ...] = ()
-    """Where events go; each sink has a cursor of its own."""
-    source: Annotated[str, Field(min_length=1)] = "/serve-app"
-    """CloudEvents `source`, before the shard's number: tell two installations apart by it."""
-    rates: RateCard = RateCard()
-    """Prices of reserved GPU hours: the same as the ingress has."""
-    keep_days: Annotated[float, Field(ge=2)] = 35.0
-    """Delivered events stay in the store for so long."""
-    meter_s: Annotated[float, Field(gt=0)] = 10.0
-    """How often it is looked whether reserved models are there."""
 
 
 class UsageReplica:

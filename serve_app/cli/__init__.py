@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from serve_app.cli import keys, ledger, usage, workspaces
+from serve_app.cli import keys, ledger, models, usage, workspaces
 from serve_app.cli.terminal import Commands
 
 EXIT_CODES = (
@@ -29,3 +29,4 @@ app.add_typer(workspaces.app, name="workspace")
 app.add_typer(keys.app, name="key")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(usage.app, name="usage")
+app.add_typer(models.app, name="models")

@@ -9,6 +9,7 @@ import importlib.util
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError
 
 from serve_app.core.catalog import ModelSpec, Source
 
@@ -17,15 +18,25 @@ _FILES = ["*.json", "*.safetensors", "*.txt", "*.model", "*/config.json", "*/*.s
 
 def fetch(spec: ModelSpec) -> Path:
     """The folder. Raises FileNotFoundError with what is missing and where it was looked for."""
-    source = Source.parse(spec.source)
-    match source.kind:
-        case "package":
-            folder = _in_package(source.location)
-        case "hub":
-            code = ["*.py"] if spec.trust_remote_code else []
-            folder = Path(snapshot_download(source.location, revision=source.revision, allow_patterns=_FILES + code))
-        case "directory":
-            folder = Path(source.location).expanduser().resolve()
+    folder = _folder(spec, download=True)
+    check(spec, folder)
+    return folder
+
+
+def locate(spec: ModelSpec) -> Path:
+    """The folder, if it is on this machine and fit to be loaded. Raises FileNotFoundError that says what is not."""
+    try:
+        folder = _folder(spec, download=False)
+    except (LocalEntryNotFoundError, HfHubHTTPError):
+        raise FileNotFoundError(
+            f"model {spec.id}: {spec.source} has not been downloaded; its first replica will, if the hub is reached"
+        ) from None
+    check(spec, folder)
+    return folder
+
+
+def check(spec: ModelSpec, folder: Path) -> None:
+    """Raises FileNotFoundError if the folder holds no weights that may be read."""
     if not folder.is_dir():
         raise FileNotFoundError(f"model {spec.id}: {spec.source} is {folder}, which is no folder")
     if not any(folder.glob("*.safetensors")):
@@ -33,7 +44,22 @@ def fetch(spec: ModelSpec) -> Path:
     for pickled in folder.rglob("pytorch_model*.bin"):
         if not any(pickled.parent.glob("*.safetensors")):
             raise FileNotFoundError(f"model {spec.id}: {pickled} is a pickle, and there are no safetensors beside it")
-    return folder
+
+
+def _folder(spec: ModelSpec, *, download: bool) -> Path:
+    source = Source.parse(spec.source)
+    match source.kind:
+        case "package":
+            return _in_package(source.location)
+        case "hub":
+            patterns = [*_FILES, "*.py"] if spec.trust_remote_code else _FILES
+            return Path(
+                snapshot_download(
+                    source.location, revision=source.revision, allow_patterns=patterns, local_files_only=not download
+                )
+            )
+        case "directory":
+            return Path(source.location).expanduser().resolve()
 
 
 def _in_package(location: str) -> Path:

@@ -146,7 +146,8 @@ def test_the_hub_is_asked_for_that_commit_and_for_no_code_or_pickles(
 ) -> None:
     asked: list[tuple[str, str, list[str]]] = []
 
-    def download(repository: str, *, revision: str, allow_patterns: list[str]) -> str:
+    def download(repository: str, *, revision: str, allow_patterns: list[str], local_files_only: bool) -> str:
+        assert not local_files_only
         asked.append((repository, revision, allow_patterns))
         return str(bert)
 

@@ -133,7 +133,7 @@ async def tokenize(request: Request) -> Response:
 
 async def list_models(request: Request) -> Response:
     """The models that answer right now. Free."""
-    return _json(_service(request).list_models())
+    return _json(_service(request).list_models(_call(request)))
 
 
 async def retrieve_model(request: Request) -> Response:

@@ -20,7 +20,7 @@ from serve_app.books import Books, Claim
 from serve_app.core import idempotency, ledger, schema, vectors
 from serve_app.core.catalog import ModelCard, check_dimensions, check_strings, check_tokens
 from serve_app.core.charges import token_event
-from serve_app.core.errors import RequestTimeout
+from serve_app.core.errors import EndpointNotAllowed, ModelNotAllowed, RequestTimeout
 from serve_app.core.ledger import UsageEvent, call_event_id
 from serve_app.core.packing import Packed
 from serve_app.core.pricing import RateCard
@@ -117,8 +117,10 @@ class Service:
             raise RequestTimeout(f"No answer within {self._request_timeout_s:g} s; the work was dropped.") from None
 
     async def admit(self, call: Call, authorization: str | None) -> None:
-        """Who is calling, and whether it may now. Raises InvalidAPIKey, RateLimitExceeded."""
+        """Who is calling, and whether it may now. Raises InvalidAPIKey, EndpointNotAllowed, RateLimitExceeded."""
         call.caller = await self._accounts.authenticate(authorization)
+        if not call.caller.key.may_call(call.route):
+            raise EndpointNotAllowed("This API key may not call this endpoint.")
         if call.route == MODELS or call.route.startswith(f"{MODELS}/"):
             await self._throttle.look(call.caller)
         else:
@@ -130,6 +132,7 @@ class Service:
 
     async def close(self) -> None:
         """Before the store is closed."""
+        await self._accounts.close()
         await self._throttle.close()
 
     async def embed(self, call: Call, body: bytes) -> bytes:
@@ -228,9 +231,11 @@ class Service:
             "total_amount_micros": ledger.total_micros(lines),
         }
 
-    def list_models(self) -> dict[str, Any]:
-        """`GET /v1/models`."""
-        return {"object": "list", "data": [_model(card, card.id) for card in self._models.cards()]}
+    def list_models(self, call: Call) -> dict[str, Any]:
+        """`GET /v1/models`: those that the key may use."""
+        key = _caller(call).key
+        allowed = [card for card in self._models.cards() if key.may_use(card.id, card.name)]
+        return {"object": "list", "data": [_model(card, card.id) for card in allowed]}
 
     def retrieve_model(self, call: Call, name: str) -> dict[str, Any]:
         """`GET /v1/models/{id}`: answers under the name that was asked for."""
@@ -247,6 +252,8 @@ class Service:
 
     def _resolve(self, call: Call, name: str) -> LiveModel:
         model = self._models.resolve(name)
+        if not _caller(call).key.may_use(model.card.id, model.card.name):
+            raise ModelNotAllowed(f"This API key may not use the model {model.card.name}.", param="model")
         call.fingerprint = model.card.fingerprint
         return model
 

@@ -4,7 +4,7 @@ ServiceError
   + InvalidRequest (400)      - InvalidJSON, MissingRequiredField, UnknownParameter, UnsupportedParameter,
                                 InvalidInput, TooManyInputs, TooManyTokens, InvalidIdempotencyKey
   + InvalidAPIKey (401)
-  + PermissionDenied (403)
+  + PermissionDenied (403)    - EndpointNotAllowed, ModelNotAllowed
   + NotFound (404)            - ModelNotFound, RouteNotFound
   + MethodNotAllowed (405), RequestTooLarge (413), UnsupportedMediaType (415)
   + Conflict (409)            - IdempotencyConflict, IdempotencyInProgress
@@ -107,6 +107,14 @@ class InvalidAPIKey(ServiceError):
 
 class PermissionDenied(ServiceError):
     status, type = 403, "permission_error"
+
+
+class EndpointNotAllowed(PermissionDenied):
+    code, advice = "endpoint_not_allowed", "This key may not call this endpoint. Use one that may."
+
+
+class ModelNotAllowed(PermissionDenied):
+    code, advice = "model_not_allowed", "This key may not use this model. `GET /v1/models` lists those that it may."
 
 
 class NotFound(ServiceError):

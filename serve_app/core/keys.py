@@ -15,6 +15,7 @@ import orjson
 
 PREFIX = "rp_live_"
 SECRET_BYTES = 32
+ENDPOINTS = ("/v1/embeddings", "/v1/tokenize", "/v1/models", "/v1/usage")  # what a key may be restricted to
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _SECRET_CHARACTERS, _CHECKSUM_CHARACTERS = 43, 6  # base62 of 32 bytes, and of a CRC-32
 
@@ -60,8 +61,8 @@ class ApiKey:
     created_ms: int
     expires_ms: int | None = None
     revoked_ms: int | None = None
-    models: tuple[str, ...] | None = None  # canonical names; None: all
-    endpoints: tuple[str, ...] | None = None  # paths, such as /v1/embeddings; None: all
+    models: tuple[str, ...] | None = None  # ids or canonical names, in any case; None: all
+    endpoints: tuple[str, ...] | None = None  # of `ENDPOINTS`, with what lies below them; None: all
     requests_per_minute: int | None = None  # None: what the plan says
     tokens_per_minute: int | None = None  # None: what the plan says
 
@@ -69,6 +70,14 @@ class ApiKey:
         return (self.expires_ms is None or now_ms < self.expires_ms) and (
             self.revoked_ms is None or now_ms < self.revoked_ms
         )
+
+    def may_call(self, route: str) -> bool:
+        """Whether its endpoints include this path."""
+        return self.endpoints is None or any(route == it or route.startswith(f"{it}/") for it in self.endpoints)
+
+    def may_use(self, id: str, name: str) -> bool:
+        """Whether its models include the one with this id and canonical name."""
+        return self.models is None or not {id.lower(), name.lower()}.isdisjoint(it.lower() for it in self.models)
 
     def to_json(self) -> bytes:
         return orjson.dumps(self)

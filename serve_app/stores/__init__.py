@@ -6,7 +6,7 @@ Everything else here may be asked by anybody at any time. What a driver adds is 
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Protocol
@@ -83,6 +83,14 @@ class Store(Protocol):
 
     async def keys(self, workspace: str) -> list[ApiKey]:
         """All of a workspace, oldest first."""
+        ...
+
+    async def touch(self, used: Mapping[str, int]) -> None:
+        """These keys, by id, were used at those times. Never moves one back. Not synced, as rates are not."""
+        ...
+
+    async def last_used(self, key_ids: Sequence[str]) -> dict[str, int]:
+        """When each was last used, of those that were."""
         ...
 
     # Rate limits

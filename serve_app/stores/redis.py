@@ -6,7 +6,7 @@ The scripts are in `redis_scripts.py`, their arguments in `redis_wire.py`, the c
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 from serve_app.core import ledger
 from serve_app.core.idempotency import Holdings, Outcome, Record, Step
@@ -22,6 +22,7 @@ from serve_app.stores.redis_wire import prefix
 
 WORKSPACES = "serve-app:{accounts}:workspaces"
 KEYS = "serve-app:{accounts}:keys"
+USES = "serve-app:{accounts}:uses"
 PAGE = 500
 TRIM_PAGE = 1000  # events that one script removes: some milliseconds, in which Redis does nothing else
 
@@ -79,6 +80,15 @@ class RedisStore:
         (bodies,) = await self._client.ask(("HMGET", KEYS, *digests))
         keys = [key for key in map(ApiKey.from_json, filter(None, bodies)) if key.workspace == workspace]
         return sorted(keys, key=lambda key: (key.created_ms, key.id))
+
+    async def touch(self, used: Mapping[str, int]) -> None:
+        await self._client.ask(call(scripts.TOUCH, USES, *(part for use in used.items() for part in use)))
+
+    async def last_used(self, key_ids: Sequence[str]) -> dict[str, int]:
+        if not key_ids:
+            return {}
+        (times,) = await self._client.ask(("HMGET", USES, *key_ids))
+        return {key: int(time_ms) for key, time_ms in zip(key_ids, times, strict=True) if time_ms is not None}
 
     async def charge(self, charges: Sequence[Charge]) -> list[Verdict]:
         now = self._now()

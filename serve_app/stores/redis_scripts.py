@@ -314,6 +314,19 @@ return redis.call('HSETNX', KEYS[1], ARGV[1], ARGV[2])
 """,
 )
 
+# KEYS: the table. ARGV: key and time, again and again.
+TOUCH = _script(
+    _UNLESS_FULL,
+    """
+for at = 1, #ARGV, 2 do
+  if tonumber(ARGV[at + 1]) > tonumber(redis.call('HGET', KEYS[1], ARGV[at]) or 0) then
+    redis.call('HSET', KEYS[1], ARGV[at], ARGV[at + 1])
+  end
+end
+return 1
+""",
+)
+
 # KEYS: the buckets of an API key. ARGV: now; for requests, then for tokens, if those are limited: microseconds that one
 # takes to come back, how many may come at once, the cost, and what is owed. See `core/limits.decide`, which this is.
 CHARGE = _script(
@@ -361,4 +374,5 @@ SCRIPTS = (
     PUT_RESERVATION,
     ADD_WORKSPACE,
     CHARGE,
+    TOUCH,
 )

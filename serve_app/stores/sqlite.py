@@ -11,7 +11,7 @@ import asyncio
 import os
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
@@ -94,6 +94,14 @@ class SqliteStore:
     async def keys(self, workspace: str) -> list[ApiKey]:
         rows = await self._reader.rows("select body from keys where workspace = ? order by created_ms, body", workspace)
         return [ApiKey.from_json(body) for (body,) in rows]
+
+    async def touch(self, used: Mapping[str, int]) -> None:
+        sql = "insert into key_uses values (?, ?) on conflict do update set used_ms = max(used_ms, excluded.used_ms)"
+        await self._limiter.transact(lambda db: db.executemany(sql, used.items()))
+
+    async def last_used(self, key_ids: Sequence[str]) -> dict[str, int]:
+        marks = ", ".join("?" * len(key_ids))
+        return dict(await self._reader.rows(f"select key, used_ms from key_uses where key in ({marks})", *key_ids))
 
     async def charge(self, charges: Sequence[Charge]) -> list[Verdict]:
         return await self._limiter.transact(

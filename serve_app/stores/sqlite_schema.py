@@ -55,6 +55,7 @@ _FIRST = (
 _LIMITS = (
     # When a key's buckets are full again, in Unix microseconds. No row: they are full.
     "create table buckets (key text primary key, requests_us real not null, tokens_us real not null) without rowid",
+    "create table key_uses (key text primary key, used_ms int not null) without rowid",
 )
 
 SCHEMA: tuple[tuple[str, ...], ...] = (_FIRST, _LIMITS)

@@ -31,6 +31,7 @@ from tests.service.fakes import (
     AUTHORIZATION,
     CARD,
     KEY,
+    NARROW_KEY,
     DeskClerk,
     FakeModel,
     FakeModels,
@@ -58,6 +59,8 @@ CONTRACT = {
     "too_many_tokens": (400, "invalid_request_error"),
     "invalid_idempotency_key": (400, "invalid_request_error"),
     "invalid_api_key": (401, "authentication_error"),
+    "endpoint_not_allowed": (403, "permission_error"),
+    "model_not_allowed": (403, "permission_error"),
     "model_not_found": (404, "not_found_error"),
     "route_not_found": (404, "not_found_error"),
     "method_not_allowed": (405, "invalid_request_error"),
@@ -72,6 +75,8 @@ CONTRACT = {
     "store_unavailable": (503, "service_unavailable"),
     "timeout": (504, "api_error"),
 }
+
+NARROW = {"Authorization": f"Bearer {NARROW_KEY}"}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -371,6 +376,22 @@ TABLE = [
         headers={"retry-after": "60"},
         resolved=True,
         world=World(settings={"replay_records": 0}),
+    ),
+    # 403
+    Row(
+        title="an endpoint outside of the key's",
+        code="endpoint_not_allowed",
+        path="/v1/tokenize",
+        body=HELLO,
+        request_headers=NARROW,
+    ),
+    Row(
+        title="a model outside of the key's",
+        code="model_not_allowed",
+        body=HELLO,
+        param="model",
+        says="all-MiniLM-L6-v2",
+        request_headers=NARROW,
     ),
     # 404, 405
     Row(

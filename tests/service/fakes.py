@@ -156,6 +156,7 @@ class FakeModels:
 UNLIMITED = {"plans": {plan: {"requests_per_minute": 100_000_000} for plan in ("pro", "team", "enterprise")}}
 
 KEY = keys.mint(bytes(range(keys.SECRET_BYTES)))
+NARROW_KEY = keys.mint(bytes(range(1, keys.SECRET_BYTES + 1)))  # for /v1/embeddings, and for no model that is served
 AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 WORKSPACE = Workspace(id="ws_test", name="test", plan=Plan.TEAM, created_ms=0)
 
@@ -169,6 +170,17 @@ def shared_store() -> Store:
     async def make() -> Store:
         store = await open_store(f"sqlite:{folder.name}/test.db")
         await add_workspace(store, WORKSPACE, KEY)
+        await store.put_key(
+            ApiKey(
+                id="key_narrow",
+                workspace=WORKSPACE.id,
+                name="narrow",
+                digest=keys.digest(NARROW_KEY),
+                created_ms=0,
+                models=("another",),
+                endpoints=("/v1/embeddings",),
+            )
+        )
         return store
 
     with ThreadPoolExecutor(1) as thread:  # the caller may be in an event loop of its own

@@ -347,7 +347,7 @@ def _documented(
 ) -> dict[str, Any]:
     """What the OpenAPI page says of a route: its body and its answers. At run time it decides nothing."""
     if not open:
-        statuses += (401, 503)
+        statuses += (401, 403, 503)
     if body:
         statuses += (413, 415)
     errors = {

@@ -1,4 +1,4 @@
-"""What a key is for: endpoints and models outside of its scope are closed to it, and its list of models tells no other."""
+"""What a key is for: endpoints and models outside of its scope are closed to it, and it is told of no other."""
 
 from __future__ import annotations
 

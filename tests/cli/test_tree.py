@@ -22,7 +22,7 @@ BROKEN = "redis://127.0.0.1:1/0"  # nothing listens there
 WITHOUT_JSON = {
     "ledger export": "its --format says what it writes: JSON lines, or CSV",
 }
-NOT_YET = ("workspace create", "key create", "key revoke")
+NOT_YET = ("workspace create",)
 # By command, what it is asked, where any words would not bring it as far as the store.
 WORDS = {
     "ledger retry": ["files", "--url", "jsonl:files"],

@@ -81,7 +81,7 @@ class SqliteStore:
 
     async def put_key(self, key: ApiKey) -> None:
         row = (key.digest, key.workspace, key.created_ms, key.to_json())
-        await self._writer.transact(lambda db: db.execute("insert or replace into keys values (?, ?, ?, ?)", row))
+        await self._writer.write("insert or replace into keys values (?, ?, ?, ?)", *row)
 
     async def find_key(self, digest: str) -> tuple[ApiKey, Workspace] | None:
         rows = await self._reader.rows(
@@ -97,7 +97,7 @@ class SqliteStore:
 
     async def touch(self, used: Mapping[str, int]) -> None:
         sql = "insert into key_uses values (?, ?) on conflict do update set used_ms = max(used_ms, excluded.used_ms)"
-        await self._limiter.transact(lambda db: db.executemany(sql, used.items()))
+        await self._limiter.transact(lambda db: db.executemany(sql, used.items()).rowcount)
 
     async def last_used(self, key_ids: Sequence[str]) -> dict[str, int]:
         marks = ", ".join("?" * len(key_ids))
@@ -243,8 +243,8 @@ class SqliteStore:
         now_ms = self._now_ms()
         sql = "delete from records where claim in (select claim from records where expires_ms <= ? limit ?)"
         full = "delete from buckets where max(requests_us, tokens_us) <= ?"
-        await self._limiter.transact(lambda db: db.execute(full, (1000 * now_ms,)))
-        return await self._writer.transact(lambda db: db.execute(sql, (now_ms, limit)).rowcount)
+        await self._limiter.write(full, 1000 * now_ms)
+        return await self._writer.write(sql, now_ms, limit)
 
     async def close(self) -> None:
         await self._limiter.close()
@@ -302,6 +302,10 @@ class _Connection:
         """All of it, synced, or nothing."""
         return await self.call(lambda db: _in_transaction(db, work))
 
+    async def write(self, sql: str, *values: object) -> int:
+        """One statement: how many rows it changed."""
+        return await self.transact(lambda db: db.execute(sql, values).rowcount)
+
     async def rows(self, sql: str, *values: object) -> list[tuple[Any, ...]]:
         return await self.call(lambda db: db.execute(sql, values).fetchall())
 
@@ -337,6 +341,7 @@ def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection],
     db.execute("begin immediate")
     try:
         result = work(db)
+        assert not isinstance(result, sqlite3.Cursor), "it would be freed in another thread, while this one goes on"
         db.execute("commit")
     except BaseException:
         if db.in_transaction:

@@ -212,6 +212,10 @@ class RedisStore:
         """For a script: empty, to let it ask the server."""
         return "" if self._clock is None else str(self._clock())
 
+    async def clock_ms(self) -> int:
+        """Now, as the server has it: what every lease and expiry goes by."""
+        return await self._now_ms()
+
     async def _now_ms(self) -> int:
         if self._clock is not None:
             return self._clock()

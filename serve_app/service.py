@@ -68,7 +68,7 @@ class Call:
     started_s: float
     route: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)  # ours alone: a caller may repeat a request id
-    idempotency_keys: Sequence[str] = ()
+    idempotency_keys: Sequence[str] = field(default=(), repr=False)
     caller: Caller | None = None
     fingerprint: str | None = None
     replay_of: str | None = None  # the request id of the call that this one repeats

@@ -19,7 +19,7 @@ SETTINGS = {
 
 
 class RedisServer:
-    """settings: redis.conf's, in place of the store's; underscores for hyphens."""
+    """settings: redis.conf's, in place of the store's; underscores for hyphens. `requirepass`: the url has it, too."""
 
     def __init__(self, folder: Path, **settings: str) -> None:
         self._folder = folder
@@ -29,7 +29,8 @@ class RedisServer:
 
     @property
     def url(self) -> str:
-        return f"redis://127.0.0.1:{self.port}/0"
+        password = self._settings.get("requirepass")
+        return f"redis://{f':{password}@' if password else ''}127.0.0.1:{self.port}/0"
 
     @property
     def running(self) -> bool:
@@ -70,13 +71,24 @@ class RedisServer:
 
     def command(self, *words: str) -> str:
         """The first line of its answer; empty if it does not answer."""
-        parts = [f"*{len(words)}", *(part for word in words for part in (f"${len(word.encode())}", word)), ""]
+        password = self._settings.get("requirepass")
         try:
-            with socket.create_connection(("127.0.0.1", self.port), timeout=START_S) as connection:
-                connection.sendall("\r\n".join(parts).encode())
-                return connection.makefile("rb").readline().decode().strip()
+            with (
+                socket.create_connection(("127.0.0.1", self.port), timeout=START_S) as connection,
+                connection.makefile("rb") as lines,
+            ):
+                if password:
+                    connection.sendall(_encoded("AUTH", password))
+                    lines.readline()
+                connection.sendall(_encoded(*words))
+                return lines.readline().decode().strip()
         except OSError:
             return ""
+
+
+def _encoded(*words: str) -> bytes:
+    parts = [f"*{len(words)}", *(part for word in words for part in (f"${len(word.encode())}", word)), ""]
+    return "\r\n".join(parts).encode()
 
 
 def _free_port() -> int:

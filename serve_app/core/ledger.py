@@ -61,7 +61,7 @@ class UsageEvent:
     model: str  # canonical name
     size_class: str
     api_key: str = ""  # the key's id, never its text
-    details: dict[str, Any] = field(default_factory=dict)  # what is of interest, but prices nothing
+    details: dict[str, Any] = field(default_factory=dict, repr=False)  # what is of interest, but prices nothing
 
     @property
     def amount(self) -> Decimal:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,7 +22,7 @@ QUANTUM_TOKENS = 256  # one turn: a short query fits whole, a passage too
 class Packed:
     """Sequences end to end, without padding. ids: int32 [tokens]; lengths: int32 [sequences], their sum is tokens."""
 
-    ids: TokenIds
+    ids: TokenIds = field(repr=False)  # whoever has the tokenizer can read them
     lengths: TokenIds
 
     @property

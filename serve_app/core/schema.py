@@ -94,6 +94,10 @@ ModelName = Annotated[str, Field(description="Short id or canonical name, in any
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
+    def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
+        """None: whatever prints a request by mistake prints no text of a caller."""
+        return ()
+
 
 class EmbeddingsRequest(_Request):
     """The body of `POST /v1/embeddings`."""

@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Annotated
 
-from pydantic import Field, field_validator
+from pydantic import ConfigDict, Field, field_validator
 
 from serve_app.core.plans import Limits
 from serve_app.core.pricing import RateCard
@@ -23,7 +23,9 @@ _DEFAULT_PORT = re.compile(r"http://.*:80|https://.*:443")
 class StoreSettings(StrictModel):
     """What all three share."""
 
-    store: str = ""
+    model_config = ConfigDict(hide_input_in_errors=True)  # a store's url may hold a password
+
+    store: Annotated[str, Field(repr=False)] = ""
     """`sqlite:PATH` for one machine, `redis://HOST:PORT/DB` for several. Unset: SERVE_APP_STORE, or a file in data/."""
     blobs: str = ""
     """Folder for replies above 64 KiB, shared by all machines. Unset: beside the SQLite file, or data/blobs."""

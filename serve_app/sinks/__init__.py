@@ -46,7 +46,7 @@ class SinkSettings(StrictModel):
 
     name: Annotated[str, Field(pattern=r"^[a-z0-9][a-z0-9-]{0,31}$")]
     """Its cursor goes by this name: a sink that is renamed gets everything again."""
-    url: str
+    url: Annotated[str, Field(repr=False)]
     """`jsonl:FOLDER`, or `https://...` of a webhook."""
     secret: SecretStr | None = None
     """Signs webhook calls: `whsec_...`, or `env:NAME` to read it from the environment of the usage actor. While it is

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import re
@@ -29,6 +30,7 @@ from tests.service.fakes import UNLIMITED
 
 ROOT = Path(__file__).parents[2]
 START_S = 400.0  # a minute on a machine of its own; slow and busy ones are not what is tested
+PASSWORD = "swordfish-4711"  # of the Redis that one of the servers stores in
 MARK = "SERVE_APP_TEST"  # in the environment of everything a test's server starts
 
 FAST = {
@@ -199,6 +201,17 @@ class LiveServer:
         """Everything that is written on behalf of this server."""
         return [self.log_path, *(path for path in self._run.rglob("*.*") if path.is_file())]
 
+    def metrics(self) -> str:
+        """What Prometheus would read, of Ray and of HAProxy."""
+        groups = [json.loads(path.read_text()) for path in self._run.rglob("prom_metrics_service_discovery.json")]
+        targets = {target for group in groups for entry in group for target in entry["targets"]}
+        targets.add(f"127.0.0.1:{self._env['RAY_SERVE_HAPROXY_METRICS_PORT']}")
+        pages = []
+        for target in sorted(targets):
+            with contextlib.suppress(httpx.HTTPError):  # not every server has HAProxy
+                pages.append(httpx.get(f"http://{target}/metrics", timeout=10).text)
+        return "\n".join(pages)
+
     def log(self) -> str:
         return self.log_path.read_text(errors="replace")
 
@@ -251,7 +264,7 @@ def server(
     request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, checkpoint: dict[str, Any]
 ) -> Iterator[LiveServer]:
     folder, fast = tmp_path_factory.mktemp(request.param), request.param == "haproxy"
-    redis = RedisServer(tmp_path_factory.mktemp("redis"))
+    redis = RedisServer(tmp_path_factory.mktemp("redis"), requirepass=PASSWORD)
     if fast:
         redis.start()
     models = [MINILM, MINILM_FLOAT32, checkpoint]

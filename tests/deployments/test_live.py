@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import random
+import secrets
 import signal
 import socket
 import threading
@@ -20,10 +21,11 @@ import openai
 import pytest
 from sentence_transformers import SentenceTransformer
 
+from serve_app.core import keys
 from serve_app.core.catalog import ModelSpec
 from serve_app.encoders.sources import fetch
 from tests.checkpoints import prose
-from tests.deployments.conftest import MINILM, LiveServer
+from tests.deployments.conftest import MINILM, PASSWORD, LiveServer
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(700)]
 
@@ -221,13 +223,36 @@ def test_a_killed_replica_is_replaced_and_retries_get_through(server: LiveServer
     server.wait_until(lambda: set(server.states().values()) == {"ready"}, 60)
 
 
-def test_no_text_reaches_the_logs(server: LiveServer, client: openai.OpenAI) -> None:
+def test_no_secret_and_no_text_reaches_a_log_a_metric_or_a_process_list(
+    server: LiveServer, client: openai.OpenAI
+) -> None:
     marker = "xyzzy-plugh-7391"
-    client.embeddings.create(model=MINILM_ID, input=marker)
-    with pytest.raises(openai.BadRequestError):
-        client.embeddings.create(model=MINILM_ID, input=marker, user=marker * 50)
-    with pytest.raises(openai.BadRequestError):
-        client.embeddings.create(model=MINILM_ID, input=[marker, ""])
-    logs = server.logs()
+    wrong_key = keys.mint(secrets.token_bytes(keys.SECRET_BYTES))
+    headers = {"Idempotency-Key": f"order {marker}"}
+    client.embeddings.create(model=MINILM_ID, input=marker, user=marker, extra_headers=headers)
+    client.embeddings.create(model=MINILM_ID, input=marker, user=marker, extra_headers=headers)
+    for wrong in (
+        {"input": f"another {marker}", "extra_headers": headers},
+        {"input": marker, "user": marker * 50},
+        {"input": [marker, ""]},
+        {"input": marker, "model": f"no {marker}"},
+        {"input": marker, "extra_body": {f"field {marker}": marker}},
+        {"input": marker, "extra_headers": {"Authorization": f"Bearer {wrong_key}"}},
+        {"input": marker, "extra_headers": {"Authorization": f"Bearer {marker}"}},
+    ):
+        with pytest.raises(openai.APIStatusError) as refused:
+            client.embeddings.create(**{"model": MINILM_ID} | wrong)
+        assert marker not in refused.value.response.text
+    kept_secret = (marker, PASSWORD, server.key[12:], wrong_key[12:])
+    logs = {str(path): path.read_text(errors="replace") for path in server.logs()}
     assert len(logs) > 5
-    assert not [path for path in logs if marker in path.read_text(errors="replace")]
+    processes = {
+        f"process {process.pid}": " ".join([process.name(), *process.cmdline()]) for process in server.processes()
+    }
+    assert len(processes) > 5
+    workspaces = json.loads(server.command("workspace", "list", "--json").stdout)
+    commands = [server.command("key", "list", workspace["id"], "--json") for workspace in workspaces]
+    assert workspaces
+    told = logs | processes | {"metrics": server.metrics(), "commands": str(commands)}
+    assert "ray_" in told["metrics"]
+    assert not [place for place, text in told.items() for secret in kept_secret if secret in text]

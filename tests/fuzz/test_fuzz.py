@@ -26,4 +26,4 @@ def test_it_finds_a_text_that_breaks_the_tokenizer() -> None:
         return bundled_tokenizer()(texts)
 
     with Fuzz(FakeModel(tokenize=fragile)) as fuzz, pytest.raises(AssertionError, match="status=500"):
-        fuzz.explore(ROUND, seed=1)
+        fuzz.explore(8 * ROUND, seed=1)  # as a rule the first round does

@@ -533,7 +533,20 @@ async def test_the_openapi_page_shows_every_route_and_what_it_answers() -> None:
         "GET /ready",
     }
     embeddings = page["paths"]["/v1/embeddings"]["post"]
-    assert set(embeddings["responses"]) == {"200", "400", "401", "404", "409", "413", "415", "429", "500", "503", "504"}
+    assert set(embeddings["responses"]) == {
+        "200",
+        "400",
+        "401",
+        "403",
+        "404",
+        "409",
+        "413",
+        "415",
+        "429",
+        "500",
+        "503",
+        "504",
+    }
     assert "too_many_tokens" in embeddings["responses"]["400"]["description"]
     body = embeddings["requestBody"]["content"]["application/json"]["schema"]
     assert set(body["properties"]) == {"model", "input", "encoding_format", "dimensions", "user"}
@@ -546,4 +559,4 @@ async def test_the_openapi_page_promises_no_answer_that_is_never_given() -> None
     promised = {
         status for methods in page["paths"].values() for route in methods.values() for status in route["responses"]
     }
-    assert promised <= {"200", "400", "401", "404", "409", "413", "415", "429", "500", "503", "504"}
+    assert promised <= {"200", "400", "401", "403", "404", "409", "413", "415", "429", "500", "503", "504"}

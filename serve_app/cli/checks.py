@@ -196,8 +196,9 @@ def cpus(it: Config, machine: Machine) -> Iterator[Finding]:
         yield fail("cpus", f"the config reserves {asked:g}, and there are {machine.cpus}", cure)
 
 
-def gpus(it: Config, machine: Machine, sizes: Sequence[int]) -> Iterator[Finding]:
+def gpus(it: Config, found: Sequence[Model], machine: Machine, sizes: Sequence[int]) -> Iterator[Finding]:
     """sizes: memory of each GPU of this machine, in bytes."""
+    weights = sum(max(1, at.spec.replicas.min) * at.weights for at in found if at.spec.num_gpus)
     asked = sum(spec.num_gpus * max(1, spec.replicas.min) for spec in it.models)
     most = sum(spec.num_gpus * spec.replicas.max for spec in it.models)
     there = f"{len(sizes)} GPUs" + "".join(f", {size / GIB:.0f} GiB" for size in sizes[:1])
@@ -206,6 +207,9 @@ def gpus(it: Config, machine: Machine, sizes: Sequence[int]) -> Iterator[Finding
     elif asked > len(sizes):
         cure = "Check nvidia-smi and the driver, or lower num_gpus; on a cluster, see that other nodes have them."
         yield (warn if _on_cluster(machine) else fail)("gpus", f"the config asks for {asked:g}; here: {there}", cure)
+    elif weights > sum(sizes):
+        cure = "Serve fewer models or replicas on these GPUs, or in bfloat16 with weights that are stored so."
+        yield warn("gpus", f"{there}; the weights alone are {weights / GIB:.1f} GiB as they are stored", cure)
     elif most > len(sizes):
         cure = "Lower replicas.max, or add GPUs: the last replicas would wait for one."
         yield warn("gpus", f"the config may grow to {most:g}; here: {there}", cure)

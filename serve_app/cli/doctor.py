@@ -78,7 +78,7 @@ def examine(path: Path, store: str | None, here: Machine) -> list[Finding]:
         ("models", lambda: checks.models(models)),
         ("memory", lambda: checks.memory(models, here)),
         ("cpus", lambda: checks.cpus(found, here)),
-        ("gpus", lambda: checks.gpus(found, here, _gpus(found))),
+        ("gpus", lambda: checks.gpus(found, models, here, _gpus(found))),
     ]
     for name, check in rest:
         findings += _checked(name, check)

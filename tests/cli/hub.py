@@ -26,7 +26,9 @@ class FakeHub:
     cuts: int = 0  # how many answers are cut
     gated: bool = False
     broken: bool = False
+    elsewhere: str = ""  # another server that has the weights
     asked: list[tuple[str, str, str | None]] = field(default_factory=list)  # method, path, Range
+    authorized: list[str | None] = field(default_factory=list)  # each with this
     url: str = ""
 
     def answer(self, method: str, path: str, wanted: str | None) -> tuple[int, dict[str, str], bytes, int]:
@@ -49,7 +51,10 @@ class FakeHub:
         if api:
             body = json.dumps(self._info(name)).encode()
             return 200, {"Content-Type": "application/json"}, body, len(body)
-        return self._file(name, unquote("/".join(rest[2:])), wanted)
+        file = unquote("/".join(rest[2:]))
+        if self.elsewhere and file.endswith(".safetensors"):
+            return 302, {"Location": self.elsewhere + path}, b"", 0
+        return self._file(name, file, wanted)
 
     def _file(self, repository: str, file: str, wanted: str | None) -> tuple[int, dict[str, str], bytes, int]:
         content = self.repositories[repository].get(file)
@@ -85,6 +90,7 @@ def served(hub: FakeHub) -> Iterator[FakeHub]:
         protocol_version = "HTTP/1.1"
 
         def do_GET(self) -> None:
+            hub.authorized.append(self.headers.get("Authorization"))
             status, headers, body, sent = hub.answer(self.command, self.path, self.headers.get("Range"))
             self.send_response(status)
             for name, value in headers.items():

@@ -455,13 +455,20 @@ def test_cpus_that_ray_would_wait_for_are_found(tmp_path: Path) -> None:
 )
 def test_gpus(tmp_path: Path, entry: dict[str, Any], cards: int, level: Level | None) -> None:
     it = config.read(write(tmp_path, TINY | entry))
-    assert [found for found, _ in bad(checks.gpus(it, FIT, [80 * GIB] * cards))] == ([level] if level else [])
+    assert [found for found, _ in bad(checks.gpus(it, [], FIT, [80 * GIB] * cards))] == ([level] if level else [])
 
 
 def test_gpus_of_a_cluster_may_be_elsewhere(tmp_path: Path) -> None:
     it = config.read(write(tmp_path, TINY | {"num_gpus": 1}))
-    found = bad(checks.gpus(it, replace(FIT, environment={"RAY_ADDRESS": "head:6379"}), []))
+    found = bad(checks.gpus(it, [], replace(FIT, environment={"RAY_ADDRESS": "head:6379"}), []))
     assert [level for level, _ in found] == [Level.WARN]
+
+
+def test_weights_that_a_gpu_cannot_hold_are_found(tmp_path: Path) -> None:
+    it = config.read(write(tmp_path, TINY | {"num_gpus": 0.5}))
+    model = Model(spec=it.models[0], weights=30 * GIB)
+    assert bad(checks.gpus(it, [model], FIT, [40 * GIB])) == []
+    assert [level for level, _ in bad(checks.gpus(it, [model, model], FIT, [40 * GIB]))] == [Level.WARN]
 
 
 def test_models_that_are_not_here() -> None:

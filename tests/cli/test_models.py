@@ -137,6 +137,18 @@ def test_a_corrupted_file_is_thrown_away_and_fetched_anew(hub: FakeHub, pull: Ru
     assert (tmp_path / "models" / NAME / "model.safetensors").read_bytes() == WEIGHTS
 
 
+def test_weights_that_lie_elsewhere_come_from_there_and_the_token_stays_here(
+    hub: FakeHub, pull: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_TOKEN", "hf_secret")
+    with served(FakeHub(repositories={NAME: FILES})) as other:
+        hub.elsewhere = other.url
+        assert pull(NAME).exit_code == 0
+        assert set(hub.authorized) == {"Bearer hf_secret"}
+        assert other.authorized == [None]
+    assert (tmp_path / "models" / NAME / "model.safetensors").read_bytes() == WEIGHTS
+
+
 def test_a_small_file_is_checked_by_what_git_calls_it(hub: FakeHub, pull: Run, tmp_path: Path) -> None:
     hub.corrupt = "tokenizer.json"
     result = pull(NAME)

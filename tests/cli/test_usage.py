@@ -63,6 +63,16 @@ def test_rows_add_up_to_the_total_to_the_last_digit(run: Run, used: str) -> None
     assert report["total"]["reserved_gpu_hours"] == "0.333333"
 
 
+def test_amounts_have_more_digits_than_a_float(run: Run, url: str) -> None:
+    async def write() -> None:
+        store = await open_store(url)
+        await store.run([Emit(event=event("large", NEW, 2**53 + 1, 0))])
+        await store.close()
+
+    asyncio.run(write())
+    assert told(run, url)["total"]["amount_usd"] == "81064793.292668937"
+
+
 def test_a_workspace_alone_by_model(run: Run, used: str) -> None:
     report = told(run, used, "--workspace", NEW, "--group-by", "model")
     assert [(row["model"], row["requests"], row["input_tokens"]) for row in report["rows"]] == [

@@ -189,6 +189,29 @@ async def test_no_id_of_a_workspace_is_a_model(b: httpx.AsyncClient, id: str) ->
     assert (answer.status_code, answer.json()["error"]["code"]) == (404, "model_not_found")
 
 
+async def test_a_scope_is_of_its_key_and_narrows_no_other(served: Served, a: httpx.AsyncClient) -> None:
+    await ask(a, SMALL)
+    narrow = keys.mint(bytes([50] * keys.SECRET_BYTES))
+    await served.store.put_key(
+        ApiKey(
+            id=f"key_of_{A.id}_2",
+            workspace=A.id,
+            name="narrow",
+            digest=keys.digest(narrow),
+            created_ms=0,
+            models=("another",),
+        )
+    )
+    narrowed = served.ingress(narrow)
+    refused = await ask(narrowed, SMALL)  # though a replay would run nothing
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "model_not_allowed")
+    assert (await narrowed.get("/v1/models")).json()["data"] == []
+    for key in KEYS.values():
+        wide = served.ingress(key)
+        assert (await ask(wide, SMALL)).status_code == 200
+        assert [model["id"] for model in (await wide.get("/v1/models")).json()["data"]] == [CARD.id]
+
+
 async def test_headers_that_claim_another_workspace_change_nothing(
     served: Served, a: httpx.AsyncClient, b: httpx.AsyncClient
 ) -> None:

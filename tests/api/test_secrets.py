@@ -31,12 +31,12 @@ from serve_app.stores import StoreDown, StoreUnfit, open_store
 from tests.redis_server import RedisServer
 from tests.service.fakes import AUTHORIZATION, CARD, KEY, FakeModel, FakeModels, service_over
 
-TEXT = "quixotic planted text"
-USER = "quixotic planted user"
-ORDER = "quixotic-planted-order"
+TEXT = "zephyrine text"
+USER = "zephyrine user"
+ORDER = "zephyrine-order"
 WRONG_KEY = keys.mint(bytes([77] * keys.SECRET_BYTES))
 PASSWORD = "swordfish-4711"
-PLANTED = ("quixotic", "planted", KEY[12:], WRONG_KEY[12:], PASSWORD)
+PLANTED = ("zephyrine", KEY[12:], WRONG_KEY[12:], PASSWORD)
 
 BROKEN_URLS = [
     f"redis://:{PASSWORD}@127.0.0.1:1/0",
@@ -249,5 +249,5 @@ def sqlite_url(tmp_path: Path) -> str:
 def test_the_search_would_find_something() -> None:
     error = ValueError(TEXT)
     error.__context__ = KeyError(PASSWORD)
-    assert planted_in(in_full(error)) == ["quixotic", "planted", PASSWORD]
+    assert planted_in(in_full(error)) == ["zephyrine", PASSWORD]
     assert planted_in(f"Bearer {KEY}") == [KEY[12:]]

@@ -17,7 +17,6 @@ from pathlib import Path
 from typing import Annotated
 from urllib.parse import quote
 
-import httpx2
 import typer
 
 from serve_app.cli import checks, machine
@@ -28,7 +27,6 @@ from serve_app.cli.machine import Machine
 from serve_app.cli.terminal import Failed, Json, show_json
 from serve_app.core.catalog import ModelSpec
 from serve_app.stores import DEFAULT_URL, StoreDown, StoreUnfit, is_local
-from serve_app.stores import redis as redis_store
 from serve_app.stores.sqlite import path_of
 from serve_app.stores.sqlite_schema import SCHEMA
 
@@ -160,6 +158,8 @@ def _redis(url: str) -> Iterator[Finding]:
 
 async def _skew_ms(url: str) -> float:
     """This clock minus the server's, at the middle of the question."""
+    from serve_app.stores import redis as redis_store  # its client takes a moment
+
     store = await redis_store.open(url)
     try:
         assert isinstance(store, redis_store.RedisStore)
@@ -187,6 +187,8 @@ def _ports(config: Config, url: str) -> Iterator[Finding]:
 
 def _is_ours(port: int) -> bool:
     """Whether what listens there answers as this service does."""
+    import httpx2
+
     try:
         with httpx2.Client(timeout=ANSWER_S, trust_env=False) as client:
             answer = client.get(f"http://127.0.0.1:{port}/ready").json()

@@ -9,18 +9,27 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 import uuid
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Protocol
 
 from serve_app.accounts import Caller
 from serve_app.apart import apart
-from serve_app.core import idempotency
-from serve_app.core.errors import IdempotencyConflict, IdempotencyInProgress, RateLimitExceeded, StoreUnavailable
+from serve_app.core import idempotency, pricing
+from serve_app.core.errors import (
+    IdempotencyConflict,
+    IdempotencyInProgress,
+    PlanLimitExceeded,
+    RateLimitExceeded,
+    StoreUnavailable,
+)
 from serve_app.core.idempotency import (
     Abandon,
     Begin,
     Busy,
+    Capped,
     ClaimStep,
     Complete,
     Emit,
@@ -35,7 +44,7 @@ from serve_app.core.idempotency import (
     Stored,
 )
 from serve_app.core.keys import Workspace
-from serve_app.core.ledger import UsageEvent, UsageLine
+from serve_app.core.ledger import UsageEvent, UsageLine, month_of
 from serve_app.core.replies import Reply
 from serve_app.core.settings import IngressSettings
 from serve_app.gather import Gather
@@ -45,6 +54,8 @@ from serve_app.stores.patience import patiently
 
 INLINE_BYTES = 64 * 1024  # larger replies are files: in Redis they would hold up everybody else
 BATCH = 64  # bills in one write to the store
+SPENT_S = 2.0  # how long a workspace's spending is remembered
+MOST_SPENT = 10_000
 RELEASE_S = 5.0  # what a failed call tries to free its key; after that its lease lapses
 
 logger = logging.getLogger(__name__)
@@ -77,10 +88,31 @@ class Books:
         self._blobs = blobs
         self._settings = settings
         self._write: Gather[Step, Outcome] = Gather(store.run, max_items=BATCH)
+        self._spent: dict[tuple[str, str], tuple[float, int]] = {}  # by workspace and month: until when, and how much
 
-    async def bill(self, event: UsageEvent) -> None:
-        """Durable when this returns. Raises StoreUnavailable."""
-        await patiently(lambda: self._write(Emit(event=event)), for_s=self._settings.patience_s)
+    async def check_cap(self, workspace: Workspace, month: str) -> None:
+        """Before anything is computed: raises PlanLimitExceeded if the month's spending has reached the cap.
+
+        By what was known within `SPENT_S`; `bill` and `settle` go by the moment. Raises StoreUnavailable.
+        """
+        if workspace.monthly_cap_micros is None:
+            return
+        until_s, spent = self._spent.get((workspace.id, month), (0.0, 0))
+        if time.monotonic() >= until_s:
+            until_s = time.monotonic() + SPENT_S
+            spent = await patiently(lambda: self._store.spent(workspace.id, month), for_s=self._settings.patience_s)
+            self._spent[workspace.id, month] = (until_s, spent)
+            while len(self._spent) > MOST_SPENT:
+                del self._spent[next(iter(self._spent))]
+        if idempotency.is_capped(workspace.monthly_cap_micros, spent):
+            raise _capped(workspace)
+
+    async def bill(self, workspace: Workspace, event: UsageEvent) -> None:
+        """Durable when this returns. Raises PlanLimitExceeded (nothing is billed), StoreUnavailable."""
+        step = Emit(event=event, cap_micros=workspace.monthly_cap_micros)
+        outcome = await patiently(lambda: self._write(step), for_s=self._settings.patience_s)
+        if isinstance(outcome, Capped):
+            raise self._now_capped(workspace, event)
 
     async def usage(self, workspace: Workspace, first_day: str, last_day: str) -> list[UsageLine]:
         """Both days inclusive. Raises StoreUnavailable."""
@@ -133,10 +165,11 @@ class Books:
                 )
         raise AssertionError(f"{outcome} is no answer to Begin. This is a bug")
 
-    async def settle(self, claim: Claim, reply: Reply, event: UsageEvent) -> Reply:
+    async def settle(self, workspace: Workspace, claim: Claim, reply: Reply, event: UsageEvent) -> Reply:
         """Reply and bill in one atomic write, durable when this returns: the reply to send, if another was first.
 
-        Raises IdempotencyInProgress (the claim was lost, and nothing is billed by this attempt), StoreUnavailable.
+        Raises IdempotencyInProgress (the claim was lost, and nothing is billed by this attempt), PlanLimitExceeded
+        (the key is free, and nothing is billed), StoreUnavailable.
         """
         packed = reply.pack()
         if claim.lost_blob:  # billed the first time
@@ -154,9 +187,12 @@ class Books:
                 reply=stored,
                 bytes=len(packed),
                 event=event,
+                cap_micros=workspace.monthly_cap_micros,
             )
         )
         _stop(claim)
+        if isinstance(outcome, Capped):
+            raise self._now_capped(workspace, event)
         if isinstance(outcome, Settled):
             return reply
         if isinstance(outcome, Replay):
@@ -168,6 +204,11 @@ class Books:
         _stop(claim)
         if not claim.lost_blob:
             apart(self._abandon(Abandon(claim=claim.id, workspace=claim.workspace, attempt=claim.attempt)))
+
+    def _now_capped(self, workspace: Workspace, event: UsageEvent) -> PlanLimitExceeded:
+        """For the next calls to hear before they are computed."""
+        self._spent.pop((workspace.id, month_of(event.day)), None)
+        return _capped(workspace)
 
     def _granted(self, step: Begin, op: str) -> Claim:
         claim = Claim(id=step.claim, workspace=step.workspace, op=op, attempt=step.attempt)
@@ -220,6 +261,11 @@ class Books:
             return Reply.unpack(packed) if packed else None
         except ValueError:
             return None
+
+
+def _capped(workspace: Workspace) -> PlanLimitExceeded:
+    cap = pricing.plain(Decimal(workspace.monthly_cap_micros or 0) / 1_000_000)
+    return PlanLimitExceeded(f"This workspace has spent the {cap} US dollars that it may in a month (UTC).")
 
 
 def _stop(claim: Claim) -> None:

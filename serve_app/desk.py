@@ -15,6 +15,7 @@ from serve_app.core.idempotency import (
     Abandon,
     Begin,
     Busy,
+    Capped,
     ClaimStep,
     Complete,
     Fenced,
@@ -65,7 +66,7 @@ class Desk:
         outcome = await (self._claim if isinstance(step, Begin) else self._write)(step)
         if isinstance(step, Begin) and isinstance(outcome, Replay):
             self._replies.keep(step.claim, step.fingerprint, outcome)
-        if isinstance(step, Complete | Abandon) and isinstance(outcome, Settled | Replay | Freed | Fenced):
+        if isinstance(step, Complete | Abandon) and isinstance(outcome, Settled | Replay | Freed | Fenced | Capped):
             self._tell(step.claim)
         return outcome
 

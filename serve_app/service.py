@@ -151,7 +151,8 @@ class Service:
     async def _run(self, call: Call, job: Job) -> Reply:
         """Without an Idempotency-Key: every success is a call of its own, and billed."""
         reply = await self._compute(call, job)
-        await self._books.bill(self._bill(call, job, reply, id=call_event_id(job.caller.workspace.id, call.id)))
+        workspace = job.caller.workspace
+        await self._books.bill(workspace, self._bill(call, job, reply, id=call_event_id(workspace.id, call.id)))
         return reply
 
     async def _run_once(self, call: Call, job: Job, key: str) -> Reply:
@@ -168,12 +169,14 @@ class Service:
         try:
             async with self.deadline():
                 reply = await self._compute(call, job)
-                return await self._books.settle(claim, reply, self._bill(call, job, reply, id=claim.op, claim=claim.id))
+                bill = self._bill(call, job, reply, id=claim.op, claim=claim.id)
+                return await self._books.settle(job.caller.workspace, claim, reply, bill)
         except BaseException:
             self._books.release(claim)
             raise
 
     async def _compute(self, call: Call, job: Job) -> Reply:
+        await self._books.check_cap(job.caller.workspace, ledger.month_of(ledger.day_of(self._now_ms())))
         tokenized = await self._tokenize(call, job.model, job.request.input)
         check_tokens(job.model.card, tokenized.packed.tokens)
         await self._throttle.spend(job.caller, tokenized.packed.tokens)

@@ -6,6 +6,7 @@ from ray.serve import Application
 
 from serve_app import app
 from serve_app.books import Books
+from serve_app.core.keys import Workspace
 from serve_app.core.ledger import UsageEvent
 from serve_app.core.settings import IngressSettings
 from serve_app.deployments.ingress import IngressReplica
@@ -15,7 +16,7 @@ from serve_app.stores import Store
 
 
 class ForNothing(Books):
-    async def bill(self, event: UsageEvent) -> None:
+    async def bill(self, workspace: Workspace, event: UsageEvent) -> None:
         pass
 
 

@@ -4,7 +4,7 @@ ServiceError
   + InvalidRequest (400)      - InvalidJSON, MissingRequiredField, UnknownParameter, UnsupportedParameter,
                                 InvalidInput, TooManyInputs, TooManyTokens, InvalidIdempotencyKey
   + InvalidAPIKey (401)
-  + PermissionDenied (403)    - EndpointNotAllowed, ModelNotAllowed
+  + PermissionDenied (403)    - EndpointNotAllowed, ModelNotAllowed, PlanLimitExceeded
   + NotFound (404)            - ModelNotFound, RouteNotFound
   + MethodNotAllowed (405), RequestTooLarge (413), UnsupportedMediaType (415)
   + Conflict (409)            - IdempotencyConflict, IdempotencyInProgress
@@ -115,6 +115,10 @@ class EndpointNotAllowed(PermissionDenied):
 
 class ModelNotAllowed(PermissionDenied):
     code, advice = "model_not_allowed", "This key may not use this model. `GET /v1/models` lists those that it may."
+
+
+class PlanLimitExceeded(PermissionDenied):
+    code, advice = "plan_limit_exceeded", "The workspace has reached its spend cap of this month. Raise it, or wait."
 
 
 class NotFound(ServiceError):

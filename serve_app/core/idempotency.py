@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
+from serve_app.core.caps import PICOS_PER_MICRO
 from serve_app.core.errors import InvalidIdempotencyKey
 from serve_app.core.ledger import UsageEvent
 
@@ -101,6 +102,7 @@ class Complete:
     reply: Stored
     bytes: int
     event: UsageEvent | None  # None only in a build that is not atomic, to show that the audit notices
+    cap_micros: int | None = None  # what the workspace may spend in the event's month
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -113,6 +115,7 @@ class Abandon:
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Emit:
     event: UsageEvent
+    cap_micros: int | None = None  # as of `Complete`
 
 
 ClaimStep = Begin | Renew | Complete | Abandon
@@ -168,6 +171,11 @@ class Fenced:
 
 
 @dataclass(frozen=True, slots=True)
+class Capped:
+    """The month's spending has reached the cap: nothing is written, and a key is free again."""
+
+
+@dataclass(frozen=True, slots=True)
 class Renewed:
     """The lease is longer now."""
 
@@ -189,7 +197,9 @@ class Emitted:
     new: bool
 
 
-Outcome = Proceed | Replay | Busy | Mismatch | OverQuota | Settled | Fenced | Renewed | Freed | Ignored | Emitted
+Outcome = (
+    Proceed | Replay | Busy | Mismatch | OverQuota | Settled | Fenced | Capped | Renewed | Freed | Ignored | Emitted
+)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -209,6 +219,7 @@ class Situation:
     step: ClaimStep
     now_ms: int
     holdings: Holdings
+    spent_picos: int = 0  # in the month of the step's event
 
 
 Condition = Callable[[Situation], bool]
@@ -226,12 +237,12 @@ class Rule:
     to: State
 
 
-def decide(record: Record | None, step: ClaimStep, now_ms: int, holdings: Holdings) -> Decision:
+def decide(record: Record | None, step: ClaimStep, now_ms: int, holdings: Holdings, spent_picos: int = 0) -> Decision:
     """The first rule that fits. An expired record counts as none; holdings: without it, in that case."""
     if record is not None and record.expires_ms <= now_ms:
         record = None
     state = State.FREE if record is None else record.state
-    situation = Situation(record=record, step=step, now_ms=now_ms, holdings=holdings)
+    situation = Situation(record=record, step=step, now_ms=now_ms, holdings=holdings, spent_picos=spent_picos)
     for rule in RULES:
         if rule.state is state and isinstance(step, rule.step) and rule.when(situation):
             return rule.then(situation)
@@ -266,6 +277,16 @@ def lease_lapsed(at: Situation) -> bool:
 def same_op(at: Situation) -> bool:
     assert isinstance(at.step, Complete)
     return _record(at).op == at.step.op
+
+
+def over_cap(at: Situation) -> bool:
+    """Its bill would come after the cap was reached."""
+    assert isinstance(at.step, Complete)
+    return same_op(at) and is_capped(at.step.cap_micros, at.spent_picos)
+
+
+def is_capped(cap_micros: int | None, spent_picos: int) -> bool:
+    return cap_micros is not None and spent_picos >= cap_micros * PICOS_PER_MICRO
 
 
 def claim(at: Situation) -> Decision:
@@ -331,6 +352,10 @@ def free(_: Situation) -> Decision:
     return Decision(record=None, outcome=Freed())
 
 
+def cap(_: Situation) -> Decision:
+    return Decision(record=None, outcome=Capped())
+
+
 def busy(at: Situation) -> Decision:
     return Decision(record=at.record, outcome=Busy(lease_left_ms=_record(at).lease_ms - at.now_ms))
 
@@ -364,6 +389,7 @@ RULES: Sequence[Rule] = (
     Rule(state=State.RUNNING, step=Begin, when=always, then=busy, to=State.RUNNING),
     Rule(state=State.RUNNING, step=Renew, when=same_attempt, then=extend, to=State.RUNNING),
     Rule(state=State.RUNNING, step=Renew, when=always, then=fence, to=State.RUNNING),
+    Rule(state=State.RUNNING, step=Complete, when=over_cap, then=cap, to=State.FREE),
     Rule(state=State.RUNNING, step=Complete, when=same_op, then=finish, to=State.DONE),
     Rule(state=State.RUNNING, step=Complete, when=always, then=fence, to=State.RUNNING),
     Rule(state=State.RUNNING, step=Abandon, when=same_attempt, then=free, to=State.FREE),

@@ -30,11 +30,17 @@ class Kind(StrEnum):
     TOKENS = "tokens"
     GPU_TIME = "gpu_time"
     """GPU-milliseconds of reserved GPUs."""
+    NOTICE = "notice"
+    """Nothing: it costs nothing, and tells how much of a spend cap is used."""
 
     @property
     def event_type(self) -> str:
         """The CloudEvents type."""
-        return {Kind.TOKENS: "ai.embeddings.usage.v1", Kind.GPU_TIME: "ai.gpu.reservation.v1"}[self]
+        return {
+            Kind.TOKENS: "ai.embeddings.usage.v1",
+            Kind.GPU_TIME: "ai.gpu.reservation.v1",
+            Kind.NOTICE: "ai.workspace.spend_notice.v1",
+        }[self]
 
     @property
     def per_price(self) -> int:
@@ -42,12 +48,13 @@ class Kind(StrEnum):
         return {
             Kind.TOKENS: pricing.TOKENS_PER_PRICE,
             Kind.GPU_TIME: pricing.GPU_MILLISECONDS_PER_PRICE,
+            Kind.NOTICE: 1,
         }[self]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UsageEvent:
-    """One billable fact. Plan, tier and price come from the service's own registry, never from a request."""
+    """One billable fact, or a notice. Plan, tier and price are the service's own, never from a request."""
 
     id: str
     kind: Kind
@@ -127,6 +134,11 @@ def day_of(time_ms: int) -> str:
     return _utc(time_ms).date().isoformat()
 
 
+def month_of(day: str) -> str:
+    """2026-11."""
+    return day[:7]
+
+
 def shard_of(workspace: str) -> int:
     return zlib.crc32(workspace.encode()) % SHARDS
 
@@ -138,6 +150,10 @@ def call_event_id(workspace: str, call: str) -> str:
 
 def hour_event_id(workspace: str, reservation: str, hour_start_ms: int) -> str:
     return _derived("hour", workspace, reservation, str(hour_start_ms))
+
+
+def notice_event_id(workspace: str, month: str, cap_micros: int, percent: int) -> str:
+    return _derived("notice", workspace, month, str(cap_micros), str(percent))
 
 
 def cloud_event(recorded: Recorded, source: str) -> dict[str, Any]:
@@ -179,9 +195,11 @@ def report(lines: Sequence[UsageLine], by: Sequence[str]) -> list[dict[str, Any]
 
 
 def grouped(lines: Sequence[UsageLine], by: Sequence[str]) -> dict[tuple[str, ...], list[UsageLine]]:
-    """By the values of these fields, in their order."""
+    """By the values of these fields, in their order; notices are no usage."""
     groups: dict[tuple[str, ...], list[UsageLine]] = {}
     for line in lines:
+        if line.kind is Kind.NOTICE:
+            continue
         groups.setdefault(tuple(getattr(line, name) for name in by), []).append(line)
     return dict(sorted(groups.items()))
 

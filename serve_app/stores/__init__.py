@@ -69,6 +69,10 @@ class Store(Protocol):
         """False, and nothing is added: the id exists, or `only_if_first` and there is any workspace."""
         ...
 
+    async def put_workspace(self, workspace: Workspace) -> None:
+        """Replace the one with its id."""
+        ...
+
     async def workspaces(self) -> list[Workspace]:
         """All, oldest first."""
         ...
@@ -111,6 +115,10 @@ class Store(Protocol):
         """Sums by day (both inclusive, ISO), model, key and price; of every workspace if None. Kept when events go."""
         ...
 
+    async def spent(self, workspace: str, month: str) -> int:
+        """Pico-dollars: what its bills of that month (2026-11, UTC) add up to. See `core/caps.py`."""
+        ...
+
     async def holdings(self, workspace: str) -> Holdings:
         """What counts against the workspace's quota now."""
         ...
@@ -146,7 +154,7 @@ class Store(Protocol):
         ...
 
     async def put_reservation(self, reservation: Reservation, events: Sequence[UsageEvent] = ()) -> None:
-        """Record and events in one atomic write; an event that is in the ledger is not added again."""
+        """Record and events in one atomic write; an event that is in the ledger is not added again. No cap stops it."""
         ...
 
     # Upkeep

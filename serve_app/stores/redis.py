@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncIterator, Mapping, Sequence
 
-from serve_app.core import ledger
+from serve_app.core import caps, ledger
 from serve_app.core.idempotency import Holdings, Outcome, Record, Step
 from serve_app.core.keys import ApiKey, Workspace
 from serve_app.core.ledger import SHARDS, Recorded, UsageEvent, UsageLine
@@ -20,6 +20,7 @@ from serve_app.stores import redis_wire as wire
 from serve_app.stores.redis_client import Client, call
 from serve_app.stores.redis_wire import prefix
 
+VERSION = "serve-app:{accounts}:version"
 WORKSPACES = "serve-app:{accounts}:workspaces"
 KEYS = "serve-app:{accounts}:keys"
 USES = "serve-app:{accounts}:uses"
@@ -30,12 +31,14 @@ TRIM_PAGE = 1000  # events that one script removes: some milliseconds, in which 
 async def open(url: str, *, clock: Clock | None = None) -> Store:
     """`redis://HOST:PORT/DB`. Services that share a Redis have a DB each. Raises StoreUnfit, StoreDown."""
     client = Client(url)
+    store = RedisStore(client, clock)
     try:
         await client.check()
+        await store.upgrade()
     except BaseException:
         await client.close()
         raise
-    return RedisStore(client, clock)
+    return store
 
 
 class RedisStore:
@@ -44,6 +47,14 @@ class RedisStore:
     def __init__(self, client: Client, clock: Clock | None) -> None:
         self._client = client
         self._clock = clock
+
+    async def upgrade(self) -> None:
+        """Make, once, what an older version did not keep yet from what it did. Raises StoreDown."""
+        (known,) = await self._client.ask(("GET", VERSION))
+        if known is None and (await self._client.ask(("SET", VERSION, 2, "NX")))[0]:
+            for (workspace, month), lines in caps.by_month(await self.usage(None, "", "9")).items():
+                name = f"{prefix(ledger.shard_of(workspace))}spent:{workspace}"
+                await self._client.ask(("HINCRBY", name, month, caps.picos_of_lines(lines)))
 
     async def run(self, steps: Sequence[Step]) -> list[Outcome]:
         now = self._now()
@@ -54,6 +65,9 @@ class RedisStore:
         row = (workspace.id, workspace.to_json(), int(only_if_first))
         (added,) = await self._client.ask(call(scripts.ADD_WORKSPACE, WORKSPACES, *row))
         return bool(added)
+
+    async def put_workspace(self, workspace: Workspace) -> None:
+        await self._client.ask(("HSET", WORKSPACES, workspace.id, workspace.to_json()))
 
     async def workspaces(self) -> list[Workspace]:
         (bodies,) = await self._client.ask(("HVALS", WORKSPACES))
@@ -122,6 +136,10 @@ class RedisStore:
             for (holder, day), sum_of in zip(wanted, sums, strict=True):
                 lines += wire.lines(holder, day, sum_of)
         return lines
+
+    async def spent(self, workspace: str, month: str) -> int:
+        ((spent),) = await self._client.ask(("HGET", f"{prefix(ledger.shard_of(workspace))}spent:{workspace}", month))
+        return int(spent or 0)
 
     async def holdings(self, workspace: str) -> Holdings:
         command = call(scripts.HOLDINGS, prefix(ledger.shard_of(workspace)), self._now(), workspace)

@@ -104,8 +104,13 @@ local function replay(found)
 end
 """
 
-# An event is five arguments: id, JSON, quantity, day, and what else its line of the day's sums goes by.
+# An event is six arguments: id, JSON, quantity, day, what else its line of the day's sums goes by, and pico-dollars. If
+# its workspace has a cap, that follows, in pico-dollars, and for each notice from how many on it is due, and its event.
 _APPEND = """
+local spending = shard .. 'spent:' .. (ARGV[2] or '')
+local function month_of(at) return string.sub(ARGV[at + 3], 1, 7) end
+local function spent_in(month) return tonumber(redis.call('HGET', spending, month) or 0) end
+local function is_capped(at) return ARGV[at + 6] and spent_in(month_of(at)) >= tonumber(ARGV[at + 6]) end
 local function append(at)
   local json, quantity, day, line = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
   local sequence = (redis.call('GET', shard .. 'last') or 0) + 1
@@ -115,6 +120,14 @@ local function append(at)
   local sums = shard .. 'usage:' .. ARGV[2] .. ' ' .. day
   redis.call('HINCRBY', sums, 'events:' .. line, 1)
   redis.call('HINCRBY', sums, 'quantity:' .. line, quantity)
+  redis.call('HINCRBY', spending, month_of(at), ARGV[at + 5])
+end
+local function notify(at)
+  local spent = spent_in(month_of(at))
+  for notice = at + 7, #ARGV, 7 do
+    local once = 'notice:' .. ARGV[notice + 1]
+    if spent >= tonumber(ARGV[notice]) and redis.call('HSETNX', spending, once, 1) == 1 then append(notice + 1) end
+  end
 end
 local function append_once(at, seen_ms)
   local seen = shard .. 'seen:' .. ARGV[at]
@@ -196,7 +209,12 @@ local bytes, kind, reply, tokens = ARGV[5], ARGV[6], ARGV[7], ARGV[8]
 local found = find()
 if not found or found.op ~= ARGV[4] then return {'fenced'} end
 if found.done then return replay(found) end
+if ARGV[9] and is_capped(9) then
+  drop(workspace, claim)
+  return {'capped'}
+end
 if ARGV[9] then append(9) end
+if ARGV[15] then notify(9) end
 redis.call('HSET', record, 'state', 'done', kind, reply, 'bytes', bytes, 'tokens', tokens)
 keep(workspace, claim, now + KEPT_MS)
 count(workspace, claim, bytes)
@@ -217,7 +235,18 @@ return {'freed'}
 """,
 )
 
-EMIT = _script(_ALWAYS, _NOW, _APPEND, f"return {{'emitted', append_once(3, {SEEN_MS})}}")
+EMIT = _script(
+    _ALWAYS,
+    _NOW,
+    _APPEND,
+    f"local SEEN_MS = {SEEN_MS}",
+    """
+if redis.call('EXISTS', shard .. 'seen:' .. ARGV[3]) == 0 and is_capped(3) then return {'capped'} end
+local new = append_once(3, SEEN_MS)
+if new == 1 then notify(3) end
+return {'emitted', new}
+""",
+)
 
 HOLDINGS = _script(
     _READ,
@@ -294,7 +323,7 @@ PUT_RESERVATION = _script(
     _ALWAYS,
     "local shard = KEYS[1]",
     _APPEND,
-    f"for at = 5, #ARGV, 5 do append_once(at, {HOUR_SEEN_MS}) end",
+    f"for at = 5, #ARGV, 6 do append_once(at, {HOUR_SEEN_MS}) end",
     """
 if ARGV[4] == '' then
   redis.call('HDEL', shard .. 'reservations', ARGV[3])

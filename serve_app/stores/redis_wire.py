@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import orjson
 
 from serve_app.core import ledger
+from serve_app.core.caps import PICOS_PER_MICRO, notices, picos
 from serve_app.core.idempotency import (
     Abandon,
     Busy,
+    Capped,
     Complete,
     Emit,
     Emitted,
@@ -45,7 +47,7 @@ def prefix(shard: int) -> str:
 def command(step: Step, now: str) -> Command:
     """The script of a step, and its arguments in the order of `redis_scripts.py`."""
     if isinstance(step, Emit):
-        return call(scripts.EMIT, prefix(step.event.shard), now, step.event.workspace, *event_args(step.event))
+        return call(scripts.EMIT, prefix(step.event.shard), now, step.event.workspace, *_bill(step))
     shard, record = prefix(ledger.shard_of(step.workspace)), (now, step.workspace, step.claim)
     if isinstance(step, Renew):
         return call(scripts.RENEW, shard, *record, step.attempt, step.lease_ms)
@@ -53,7 +55,7 @@ def command(step: Step, now: str) -> Command:
         return call(scripts.ABANDON, shard, *record, step.attempt)
     if isinstance(step, Complete):
         reply = ("blob", step.reply.blob) if step.reply.blob is not None else ("body", step.reply.body or b"")
-        bill = (step.event.quantity, *event_args(step.event)) if step.event else (0,)
+        bill = (step.event.quantity, *_bill(step)) if step.event else (0,)
         return call(scripts.COMPLETE, shard, *record, step.op, step.bytes, *reply, *bill)
     limits = (step.lease_ms, step.reserve_bytes, step.max_bytes, step.max_records)
     return call(scripts.BEGIN, shard, *record, step.attempt, step.op, step.fingerprint, *limits)
@@ -90,6 +92,7 @@ def outcome(name: bytes, *row: Any) -> Outcome:
 _PLAIN: dict[bytes, Outcome] = {
     b"mismatch": Mismatch(),
     b"settled": Settled(),
+    b"capped": Capped(),
     b"fenced": Fenced(),
     b"renewed": Renewed(),
     b"freed": Freed(),
@@ -97,9 +100,20 @@ _PLAIN: dict[bytes, Outcome] = {
 }
 
 
-def event_args(event: UsageEvent) -> tuple[str, bytes, int, str, bytes]:
+def event_args(event: UsageEvent) -> tuple[str, bytes, int, str, bytes, int]:
     line = orjson.dumps([event.kind, event.model, event.api_key, event.tier, event.unit_price])
-    return event.id, event.to_json(), event.quantity, event.day, line
+    return event.id, event.to_json(), event.quantity, event.day, line, picos(event)
+
+
+def _bill(step: Complete | Emit) -> Iterator[str | bytes | int]:
+    """The event, and of a workspace with a cap that and the warnings."""
+    assert step.event is not None
+    yield from event_args(step.event)
+    if step.cap_micros is not None:
+        yield step.cap_micros * PICOS_PER_MICRO
+        for notice in notices(step.event, step.cap_micros):
+            yield notice.at_picos
+            yield from event_args(notice.event)
 
 
 def lines(workspace: str, day: str, sums: dict[bytes, bytes]) -> list[UsageLine]:

@@ -16,9 +16,24 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeVar
 
-from serve_app.core.idempotency import Begin, Emit, Emitted, Holdings, Outcome, OverQuota, Record, Step, Stored, decide
+from serve_app.core.caps import notices, picos
+from serve_app.core.idempotency import (
+    Begin,
+    Capped,
+    Complete,
+    Emit,
+    Emitted,
+    Holdings,
+    Outcome,
+    OverQuota,
+    Record,
+    Step,
+    Stored,
+    decide,
+    is_capped,
+)
 from serve_app.core.keys import ApiKey, Workspace
-from serve_app.core.ledger import Kind, Recorded, UsageEvent, UsageLine
+from serve_app.core.ledger import Kind, Recorded, UsageEvent, UsageLine, month_of
 from serve_app.core.limits import FULL, Buckets, Charge, Verdict
 from serve_app.core.limits import decide as decide_charge
 from serve_app.core.reservations import Reservation
@@ -74,6 +89,9 @@ class SqliteStore:
             return db.execute("insert or ignore into workspaces values (?, ?, ?)", row).rowcount == 1
 
         return await self._writer.transact(add)
+
+    async def put_workspace(self, workspace: Workspace) -> None:
+        await self._writer.write("update workspaces set body = ? where id = ?", workspace.to_json(), workspace.id)
 
     async def workspaces(self) -> list[Workspace]:
         rows = await self._reader.rows("select body from workspaces order by created_ms, id")
@@ -136,6 +154,10 @@ class SqliteStore:
         )
         names = ("workspace", "day", "kind", "model", "api_key", "tier", "unit_price", "events", "quantity")
         return [UsageLine(**dict(zip(names, row, strict=True)) | {"kind": Kind(row[2])}) for row in rows]
+
+    async def spent(self, workspace: str, month: str) -> int:
+        rows = await self._reader.rows("select picos from spent where workspace = ? and month = ?", workspace, month)
+        return rows[0][0] if rows else 0
 
     async def holdings(self, workspace: str) -> Holdings:
         rows = await self._reader.rows(
@@ -268,12 +290,14 @@ class SqliteStore:
 
     def _step(self, db: sqlite3.Connection, step: Step) -> Outcome:
         if isinstance(step, Emit):
-            return Emitted(new=_append(db, step.event))
+            return _emit(db, step)
         now_ms = self._now_ms()
         more = isinstance(step, Begin) and _forget(db, step.workspace, now_ms) == FORGET
         row = db.execute(f"select {_COLUMNS}, body, blob from records where claim = ?", (step.claim,)).fetchone()
         before = _record(row) if row else None
-        decision = decide(before, step, now_ms, _holdings(db, step.workspace, expired=before, now_ms=now_ms))
+        holdings = _holdings(db, step.workspace, expired=before, now_ms=now_ms)
+        event, cap_micros = (step.event, step.cap_micros) if isinstance(step, Complete) else (None, None)
+        decision = decide(before, step, now_ms, holdings, _spent(db, event) if event else 0)
         if more and isinstance(decision.outcome, OverQuota):
             return self._step(db, step)  # what has expired must not count against anybody
         if decision.record is None:
@@ -281,7 +305,7 @@ class SqliteStore:
         elif decision.record is not before:
             _write(db, decision.record)
         if decision.event is not None:
-            _append(db, decision.event)
+            _append(db, decision.event, cap_micros)
         return decision.outcome
 
 
@@ -350,9 +374,26 @@ def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection],
     return result
 
 
-def _append(db: sqlite3.Connection, event: UsageEvent) -> bool:
-    """The event in the next place of its shard, and in the day's sums; False if its id is in the ledger."""
-    if db.execute("select 1 from events where id = ?", (event.id,)).fetchone():
+def _emit(db: sqlite3.Connection, step: Emit) -> Outcome:
+    if is_capped(step.cap_micros, _spent(db, step.event)) and not _is_there(db, step.event.id):
+        return Capped()
+    return Emitted(new=_append(db, step.event, step.cap_micros))
+
+
+def _is_there(db: sqlite3.Connection, event_id: str) -> bool:
+    return db.execute("select 1 from events where id = ?", (event_id,)).fetchone() is not None
+
+
+def _spent(db: sqlite3.Connection, event: UsageEvent) -> int:
+    """In the event's month, by its workspace."""
+    month = (event.workspace, month_of(event.day))
+    row = db.execute("select picos from spent where workspace = ? and month = ?", month).fetchone()
+    return int(row[0]) if row else 0
+
+
+def _append(db: sqlite3.Connection, event: UsageEvent, cap_micros: int | None = None) -> bool:
+    """The event in the next place of its shard, and in the sums; False if its id is in the ledger."""
+    if _is_there(db, event.id):
         return False
     (sequence,) = db.execute(
         "insert into shards (shard, last) values (?, 1) on conflict do update set last = last + 1 returning last",
@@ -365,7 +406,23 @@ def _append(db: sqlite3.Connection, event: UsageEvent) -> bool:
         " on conflict do update set events = events + 1, quantity = quantity + excluded.quantity",
         (*price, event.quantity),
     )
+    db.execute(
+        "insert into spent values (?, ?, ?) on conflict do update set picos = picos + excluded.picos",
+        (event.workspace, month_of(event.day), picos(event)),
+    )
+    if cap_micros is not None:
+        _notify(db, event, cap_micros)
     return True
+
+
+def _notify(db: sqlite3.Connection, event: UsageEvent, cap_micros: int) -> None:
+    """Add the warnings that are due, each once."""
+    spent = _spent(db, event)
+    for notice in notices(event, cap_micros):
+        if spent >= notice.at_picos:
+            row = (event.workspace, month_of(event.day), cap_micros, notice.at_picos)
+            if db.execute("insert or ignore into notices values (?, ?, ?, ?)", row).rowcount:
+                _append(db, notice.event)
 
 
 def _charge(db: sqlite3.Connection, charge: Charge, now_us: int) -> Verdict:

@@ -87,6 +87,11 @@ def _billed_again(at: Situation, replayed: Decision) -> Decision:
     return replace(replayed, event=replace(at.step.event, id=f"{at.step.event.id}-again"))  # an id is written once
 
 
+def _billed_all_the_same(at: Situation, capped: Decision) -> Decision:
+    assert isinstance(at.step, Complete)
+    return replace(capped, event=at.step.event)
+
+
 def _still_reserved(at: Situation, done: Decision) -> Decision:
     assert at.record is not None
     assert done.record is not None
@@ -197,6 +202,29 @@ MUTANTS = (
         script="COMPLETE",
         line="keep(workspace, claim, now + KEPT_MS)",
         instead="keep(workspace, claim, now + KEPT_MS - 1)",
+    ),
+    Mutant(
+        name="the cap stops nobody",
+        rules=_but(RUNNING, Complete, machine.over_cap, when=_never),
+        script="COMPLETE",
+        line="if ARGV[9] and is_capped(9) then",
+        instead="if false then",
+    ),
+    Mutant(
+        name="a capped call keeps its key",
+        rules=_but(
+            RUNNING, Complete, machine.over_cap, then=_then(machine.cap, lambda at, it: replace(it, record=at.record))
+        ),
+        script="COMPLETE",
+        line="drop(workspace, claim)\n  return {'capped'}",
+        instead="return {'capped'}",
+    ),
+    Mutant(
+        name="a capped call is billed",
+        rules=_but(RUNNING, Complete, machine.over_cap, then=_then(machine.cap, _billed_all_the_same)),
+        script="COMPLETE",
+        line="drop(workspace, claim)\n  return {'capped'}",
+        instead="drop(workspace, claim)\n  append(9)\n  return {'capped'}",
     ),
     Mutant(
         name="what was reserved stays reserved",

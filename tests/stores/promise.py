@@ -9,10 +9,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
+from serve_app.core.caps import notices, picos
 from serve_app.core.idempotency import (
     Abandon,
     Begin,
     Busy,
+    Capped,
     Complete,
     Emit,
     Emitted,
@@ -33,7 +35,7 @@ from serve_app.core.idempotency import (
     Step,
     Stored,
 )
-from serve_app.core.ledger import SHARDS, UsageEvent
+from serve_app.core.ledger import SHARDS, UsageEvent, month_of
 from serve_app.stores import Store
 from tests.stores.ledger import read_ledger, require
 
@@ -96,8 +98,7 @@ class Promise:
         for key in self.keys.values():
             key.forget(now_ms)
         if isinstance(step, Emit):
-            require(outcome == Emitted(new=step.event.id not in self.bills), "an event is written once, and it is told")
-            self.bills.setdefault(step.event.id, step.event)
+            self._emitted(step, outcome)
             return
         key = self.keys.setdefault(step.claim, Key(workspace=step.workspace))
         match step:
@@ -113,6 +114,39 @@ class Promise:
     def see(self, op: str, reply: Stored, tokens: int) -> None:
         """A client was given this reply."""
         require(self.seen.setdefault(op, (reply, tokens)) == (reply, tokens), "an operation has one reply")
+
+    def spent(self, workspace: str, month: str) -> int:
+        """Pico-dollars."""
+        return sum(
+            picos(bill) for bill in self.bills.values() if (bill.workspace, month_of(bill.day)) == (workspace, month)
+        )
+
+    def _capped(self, step: Complete | Emit) -> bool:
+        assert step.event is not None
+        spent = self.spent(step.event.workspace, month_of(step.event.day))
+        return step.cap_micros is not None and spent >= 1_000_000 * step.cap_micros
+
+    def _bill(self, step: Complete | Emit) -> None:
+        """The bill, and the warnings that are due with it."""
+        assert step.event is not None
+        self.bills[step.event.id] = step.event
+        if step.cap_micros is not None:
+            spent = self.spent(step.event.workspace, month_of(step.event.day))
+            due = [it.event for it in notices(step.event, step.cap_micros) if spent >= it.at_picos]
+            for notice in due:
+                self.bills.setdefault(notice.id, notice)
+
+    def _emitted(self, step: Emit, outcome: Outcome) -> None:
+        match outcome:
+            case Emitted(new=new):
+                require(new == (step.event.id not in self.bills), "an event is written once, and it is told")
+                require(not new or not self._capped(step), "past the cap nothing is billed")
+                if new:
+                    self._bill(step)
+            case Capped():
+                require(step.event.id not in self.bills and self._capped(step), "a cap stops what is past it")
+            case _:
+                require(False, "not an answer to Emit")
 
     def holdings(self, workspace: str) -> Holdings:
         kept = [key.kept for key in self.keys.values() if key.workspace == workspace]
@@ -182,7 +216,8 @@ class Promise:
                 require(step.op not in self.bills, "an operation has at most one bill")
                 assert work is not None
                 assert step.event is not None
-                self.bills[step.op] = step.event
+                require(not self._capped(step), "past the cap nothing is billed")
+                self._bill(step)
                 key.work, key.success = (
                     None,
                     Success(
@@ -198,6 +233,11 @@ class Promise:
                 require(success is not None and success.op == step.op, "only what succeeded is replayed to its runner")
                 assert success is not None
                 require(outcome == Replay(reply=success.reply, op=success.op), "the first reply is the one")
+            case Capped():
+                require(success is None, "what succeeded is replayed, whatever was spent since")
+                require(work is not None and work.op == step.op, "only the operation that runs is stopped")
+                require(self._capped(step), "a cap stops what is past it")
+                key.work = None
             case Fenced():
                 bound = key.kept
                 require(bound is None or bound.op != step.op, "who holds the operation is not fenced")
@@ -211,6 +251,8 @@ class Promise:
         events = await read_ledger(store, shards)
         require({event.id: event for event in events} == self.bills, "the ledger is what was settled and emitted")
         require(len(events) == len(self.bills), "no event is there twice")
+        for workspace, month in {(it.workspace, month_of(it.day)) for it in self.bills.values()}:
+            require(await store.spent(workspace, month) == self.spent(workspace, month), "what was spent is counted")
         for op, (_, tokens) in self.seen.items():
             require(op in self.bills and self.bills[op].quantity == tokens, "who has a reply has its bill, once")
         for workspace in {key.workspace for key in self.keys.values()}:

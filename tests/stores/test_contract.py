@@ -16,6 +16,7 @@ from serve_app.core.idempotency import (
     RULES,
     RUNNING_MS,
     Busy,
+    Capped,
     Emit,
     Emitted,
     Fenced,
@@ -138,6 +139,12 @@ TABLE = [
         step=renew(attempt="second"),
         outcome=Fenced(),
         unchanged=True,
+    ),
+    Case(
+        sentence="its op does not settle it past the cap, and it is free again",
+        before=RUNNING,
+        step=replace(complete(), cap_micros=0),
+        outcome=Capped(),
     ),
     Case(sentence="its op settles it", before=RUNNING, while_ms=5, step=complete(), outcome=Settled()),
     Case(

@@ -36,6 +36,7 @@ LEASE_MS = 30_000
 QUOTA_BYTES = 650
 WORKSPACES, KEYLESS = ("ws-1", "ws-10"), "ws-2"
 SHARDS = (5, 7)  # the two lie in the first, the third in the other
+CAPS = {"ws-10": 8, "ws-2": 25}  # micro-dollars a month; a bill is six or ten
 KEYS = tuple((workspace, key) for workspace in WORKSPACES for key in ("key-1", "key-2"))  # the same texts in both
 BODIES = ("body-1", "body-2")
 
@@ -134,7 +135,8 @@ class World:
         """again: which one; None: a new one."""
         if again is None or not self.emits:
             number = len(self.emits)
-            self.emits.append(Emit(event=self._event(f"request-{number}", workspace, number)))
+            event = self._event(f"request-{number}", workspace, number)
+            self.emits.append(Emit(event=event, cap_micros=CAPS.get(workspace)))
         self._ask(at, [_pick(self.emits, again or 0)])
 
     def purge(self, limit: int, at: int) -> None:
@@ -223,6 +225,7 @@ class World:
             reply=Stored(blob=f"{op}-{number:032}") if number % 3 == 2 else body,
             bytes=50 + number,
             event=self._event(op, begin.workspace, number),
+            cap_micros=CAPS.get(begin.workspace),
         )
         return attempt.complete
 

@@ -10,10 +10,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from serve_app.cli.events import FIRST_DAY, LAST_DAY, PAGE
+from serve_app.core import caps
 from serve_app.core.audit import Audit
 from serve_app.core.audit.report import Report
 from serve_app.core.idempotency import Complete, Record, Replay, Stored
-from serve_app.core.ledger import SHARDS
+from serve_app.core.ledger import SHARDS, UsageLine
 from serve_app.core.replies import Reply
 from serve_app.sinks import jsonl
 from serve_app.stores import Cursor, DeadLetter, Store
@@ -53,6 +54,7 @@ async def _read(store: Store, found: Audit, sinks: Mapping[str, Path | None], bl
     if [(await store.shard_state(shard)).trimmed for shard in range(SHARDS)] != [state.trimmed for state in states]:
         return False
     found.usage(lines)
+    await _spending(store, found, lines)
     for name, folder in sinks.items():
         if folder is not None:
             _lines(found, name, folder)
@@ -61,6 +63,15 @@ async def _read(store: Store, found: Audit, sinks: Mapping[str, Path | None], bl
             if record.claim in doubtful:
                 found.reply_again(record)
     return True
+
+
+async def _spending(store: Store, found: Audit, lines: Sequence[UsageLine]) -> None:
+    before = caps.by_month(lines)
+    spent = {which: await store.spent(*which) for which in before}
+    after = caps.by_month(await store.usage(None, FIRST_DAY, LAST_DAY))
+    for (workspace, month), picos in spent.items():
+        which = (workspace, month)
+        found.spending(workspace, month, picos, before=before[which], after=after.get(which, ()))
 
 
 async def _replies(store: Store, found: Audit, blobs: Blobs | None) -> None:

@@ -29,6 +29,7 @@ from serve_app.dispatch import Unit, UnitReply
 from serve_app.stores import StoreDown
 from tests.service.fakes import (
     AUTHORIZATION,
+    CAPPED_KEY,
     CARD,
     KEY,
     NARROW_KEY,
@@ -61,6 +62,7 @@ CONTRACT = {
     "invalid_api_key": (401, "authentication_error"),
     "endpoint_not_allowed": (403, "permission_error"),
     "model_not_allowed": (403, "permission_error"),
+    "plan_limit_exceeded": (403, "permission_error"),
     "model_not_found": (404, "not_found_error"),
     "route_not_found": (404, "not_found_error"),
     "method_not_allowed": (405, "invalid_request_error"),
@@ -76,6 +78,7 @@ CONTRACT = {
     "timeout": (504, "api_error"),
 }
 
+CAPPED = {"Authorization": f"Bearer {CAPPED_KEY}"}
 NARROW = {"Authorization": f"Bearer {NARROW_KEY}"}
 
 
@@ -378,6 +381,17 @@ TABLE = [
         world=World(settings={"replay_records": 0}),
     ),
     # 403
+    *(
+        Row(
+            title=f"a cap that is reached, {title}",
+            code="plan_limit_exceeded",
+            body=HELLO,
+            says="has spent the 0 US dollars",
+            request_headers=CAPPED | headers,
+            resolved=True,
+        )
+        for title, headers in {"without a key": {}, "with one": {"Idempotency-Key": "UNIQUE"}}.items()
+    ),
     Row(
         title="an endpoint outside of the key's",
         code="endpoint_not_allowed",

@@ -22,7 +22,6 @@ BROKEN = "redis://127.0.0.1:1/0"  # nothing listens there
 WITHOUT_JSON = {
     "ledger export": "its --format says what it writes: JSON lines, or CSV",
 }
-NOT_YET = ("workspace create",)
 # By command, why a store that does not answer is what it was asked to find.
 FINDS = {
     "doctor": "it reports on the store, with exit code 1",
@@ -74,7 +73,7 @@ def test_a_command_says_what_it_does(run: Run, name: str) -> None:
 
 @every
 def test_a_command_can_speak_json(name: str) -> None:
-    assert name in NOT_YET or ("--json" in options(ALL[name])) != (name in WITHOUT_JSON)
+    assert ("--json" in options(ALL[name])) != (name in WITHOUT_JSON)
 
 
 @every

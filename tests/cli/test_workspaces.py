@@ -1,14 +1,19 @@
 from __future__ import annotations
 
+import asyncio
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import orjson
 import pytest
 
+from serve_app.core.idempotency import Emit
+from serve_app.stores import open_store
 from tests.cli.conftest import Run
+from tests.stores.steps import event
 
 
 def test_a_workspace_is_made_and_listed(run: Run, url: str) -> None:
@@ -31,6 +36,50 @@ def test_a_name_is_shown_as_it_is(run: Run, sqlite_url: str) -> None:
 def test_a_name_is_one_line(run: Run, sqlite_url: str, name: str) -> None:
     result = run("workspace", "create", name, "--store", sqlite_url)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+
+
+def test_a_workspace_shows_its_cap_and_what_it_spent(run: Run, url: str) -> None:
+    made = run("workspace", "create", "Search", "--monthly-cap-usd", "12.5", "--store", url)
+    workspace = made.stdout.strip()
+    run("key", "create", workspace, "--store", url)
+    run("key", "create", workspace, "--expires-days", 0, "--store", url)
+
+    async def spend() -> None:
+        store = await open_store(url)
+        now_ms = time.time_ns() // 1_000_000
+        await store.run([Emit(event=event("a", workspace, quantity=1_500_000, time_ms=now_ms))])
+        await store.close()
+
+    asyncio.run(spend())
+    shown = orjson.loads(run("workspace", "show", workspace, "--json", "--store", url).stdout)
+    assert (shown["monthly_cap_micros"], shown["spent_micros"]) == (12_500_000, 18_000)
+    assert (shown["keys"], shown["valid_keys"], shown["plan"]) == (2, 1, "pro")
+    text = run("workspace", "show", workspace, "--store", url).stdout
+    assert "12.5 US dollars a month" in text
+    assert "0.018 US dollars" in text
+
+
+def test_a_cap_is_set_and_taken_away(run: Run, url: str) -> None:
+    workspace = run("workspace", "create", "Search", "--store", url).stdout.strip()
+    for words, cap in (("0.000001", 1), ("0", 0), ("1000", 10**9), ("none", None)):
+        assert run("workspace", "cap", workspace, words, "--store", url).exit_code == 0
+        (row,) = orjson.loads(run("workspace", "list", "--json", "--store", url).stdout)
+        assert row["monthly_cap_micros"] == cap
+
+
+@pytest.mark.parametrize("amount", ["ten", "-1", "0.0000001", "nan", "inf", "1e30"])
+def test_a_cap_is_an_amount(run: Run, sqlite_url: str, amount: str) -> None:
+    workspace = run("workspace", "create", "Search", "--store", sqlite_url).stdout.strip()
+    result = run("workspace", "cap", "--store", sqlite_url, "--", workspace, amount)
+    assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
+    assert "US dollars" in result.stderr
+
+
+def test_a_workspace_that_is_not_there_is_one_line(run: Run, url: str) -> None:
+    run("workspace", "create", "Search", "--store", url)
+    for words in (("show", "ws_none"), ("cap", "ws_none", "1")):
+        result = run("workspace", *words, "--store", url)
+        assert (result.exit_code, result.stdout, result.stderr.count("\n")) == (2, "", 1)
 
 
 def test_the_store_may_be_named_by_the_environment(sqlite_url: str) -> None:

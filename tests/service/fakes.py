@@ -157,6 +157,7 @@ UNLIMITED = {"plans": {plan: {"requests_per_minute": 100_000_000} for plan in ("
 
 KEY = keys.mint(bytes(range(keys.SECRET_BYTES)))
 NARROW_KEY = keys.mint(bytes(range(1, keys.SECRET_BYTES + 1)))  # for /v1/embeddings, and for no model that is served
+CAPPED_KEY = keys.mint(bytes(range(2, keys.SECRET_BYTES + 2)))  # of a workspace that may spend nothing
 AUTHORIZATION = {"Authorization": f"Bearer {KEY}"}
 WORKSPACE = Workspace(id="ws_test", name="test", plan=Plan.TEAM, created_ms=0)
 
@@ -170,6 +171,7 @@ def shared_store() -> Store:
     async def make() -> Store:
         store = await open_store(f"sqlite:{folder.name}/test.db")
         await add_workspace(store, WORKSPACE, KEY)
+        await add_workspace(store, dataclasses.replace(WORKSPACE, id="ws_capped", monthly_cap_micros=0), CAPPED_KEY)
         await store.put_key(
             ApiKey(
                 id="key_narrow",

@@ -6,15 +6,18 @@ while the store was in use: `cli/audit.py` reads in an order in which what comes
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from serve_app.core import caps
 from serve_app.core.audit.places import Counts, Place, SinkPlace, place_and_mark, repeated
 from serve_app.core.audit.report import Fault, Findings, Report, SinkReport
 from serve_app.core.audit.sums import Sums
 from serve_app.core.idempotency import REPLAY_MS, Record
 from serve_app.core.ledger import Recorded, UsageEvent, UsageLine
+
+SPENDING_IS_GOOD_TO = 10**12
 
 
 @dataclass(slots=True, kw_only=True)
@@ -97,6 +100,18 @@ class Audit:
         """All of them."""
         for what in self._sums.compare(lines, self._places):
             self._found.add(Fault.UNEQUAL, what)
+
+    def spending(
+        self, workspace: str, month: str, picos: int, *, before: Sequence[UsageLine], after: Sequence[UsageLine]
+    ) -> None:
+        """What a spend cap goes by, and the month's usage as it was read before it and after it."""
+        rounded = 1 + sum(line.events for line in after) // 2
+        least, most = caps.picos_of_lines(before) - rounded, caps.picos_of_lines(after) + rounded
+        made_later = most // SPENDING_IS_GOOD_TO  # an older version did not count: its usage was added up in floats
+        if not least - made_later <= picos <= most + made_later:
+            self._found.add(
+                Fault.UNEQUAL, f"spending of {workspace} in {month}: {picos} pico-dollars; its usage: {most - rounded}"
+            )
 
     def line(self, name: str, cloud_event: dict[str, Any]) -> None:
         """One CloudEvent that the sink holds."""

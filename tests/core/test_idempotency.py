@@ -19,6 +19,7 @@ from serve_app.core.idempotency import (
     Abandon,
     Begin,
     Busy,
+    Capped,
     ClaimStep,
     Complete,
     Decision,
@@ -188,6 +189,9 @@ EXAMPLES = {
         outcome=Settled(),
         becomes=replace(TAKEN_OVER, reply=SECOND, bytes=60, tokens=8, expires_ms=NOW + REPLAY_MS + GRACE_MS),
         event=event_of("op-a1"),
+    ),
+    "past its cap a call is not billed, and its key is free": Example(
+        record=RUNNING, step=replace(complete("op-a1"), cap_micros=0), outcome=Capped(), becomes=None
     ),
     "another op cannot finish a running one": Example(
         record=RUNNING, step=complete("op-a0"), outcome=Fenced(), becomes=RUNNING

@@ -33,6 +33,7 @@ from serve_app.stores.sqlite import path_of
 from tests.cli.conftest import Run
 from tests.redis_server import RedisServer
 
+ROOT = Path(__file__).parents[2]
 GIB = 2**30
 FIT = Machine(
     python="3.11.7",
@@ -168,8 +169,8 @@ def test_the_store_is_the_one_that_the_service_would_use(
 
 
 def test_the_projects_own_configs_are_sound() -> None:
-    for path in (Path("deployments.yaml"), Path("deploy/gpu.yaml")):
-        assert bad(checks.config(config.read(path))) == []
+    for path in ("deployments.yaml", "deploy/gpu.yaml"):
+        assert bad(checks.config(config.read(ROOT / path))) == []
 
 
 def test_a_fault_in_an_entry_names_it_and_the_right_word(tmp_path: Path) -> None:
@@ -411,7 +412,7 @@ def test_what_is_not_installed_cannot_be_compared() -> None:
 
 
 def test_the_settings_of_scripts_serve_are_those_that_are_checked() -> None:
-    lines = re.findall(r"^( *)fast (\w+) (\w+) ", Path("scripts/serve").read_text(), re.MULTILINE)
+    lines = re.findall(r"^( *)fast (\w+) (\w+) ", (ROOT / "scripts" / "serve").read_text(), re.MULTILINE)
     assert {name: (value, bool(indented)) for indented, name, value in lines} == {
         name: (value, needs_haproxy) for name, (value, needs_haproxy, _) in checks.RAY_SETTINGS.items()
     }

@@ -22,6 +22,7 @@ from tests.checkpoints import make_checkpoint
 from tests.cli.conftest import Run
 from tests.cli.hub import COMMIT, FakeHub, served
 
+OWN = Path(__file__).parents[2] / "deployments.yaml"
 NAME = "tests/tiny"
 WEIGHTS = b"weights " * 4096
 FILES = {
@@ -51,7 +52,8 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeHub]:
     """Asked instead of the real one."""
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr("huggingface_hub.file_download.time", types.SimpleNamespace(sleep=lambda _: None))
-    monkeypatch.setenv("NO_PROXY", "127.0.0.1")
+    for name in ("NO_PROXY", "no_proxy"):
+        monkeypatch.setenv(name, "127.0.0.1")
     with served(FakeHub(repositories={NAME: FILES | NOT_FETCHED})) as it:
         monkeypatch.setenv("HF_ENDPOINT", it.url)
         yield it
@@ -277,10 +279,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_the_bundled_model_is_listed_and_right(run: Run) -> None:
-    (row,) = orjson.loads(run("models", "list", "--json").stdout)
+    (row,) = orjson.loads(run("models", "list", "--json", "--config", OWN).stdout)
     assert (row["id"], row["dimensions"], row["present"]) == ("all-MiniLM-L6-v2", [384], True)
     assert row["bytes"] > 90_000_000
-    result = run("models", "verify", "--json")
+    result = run("models", "verify", "--json", "--config", OWN)
     (file,) = orjson.loads(result.stdout)["files"]
     assert (result.exit_code, file["verdict"], file["expected"]) == (0, "ok", BUNDLED_HASH)
 

@@ -29,7 +29,17 @@ API = {
     ("POST", "/v1/tokenize"),
 }
 # What only `serve-app` may do: see `stores.Store`.
-ADMINISTRATION = {"add_workspace", "put_key", "put_reservation", "advance", "bury", "trim", "purge", "workspaces"}
+ADMINISTRATION = {
+    "add_workspace",
+    "put_workspace",
+    "put_key",
+    "put_reservation",
+    "advance",
+    "bury",
+    "trim",
+    "purge",
+    "workspaces",
+}
 
 
 def app_over(store: Store | None = None) -> Edge:

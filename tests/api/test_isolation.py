@@ -9,12 +9,14 @@ import asyncio
 import itertools
 import random
 from collections.abc import AsyncIterator, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import httpx2 as httpx
 import pytest
 
+from serve_app import books
 from serve_app.core import keys
 from serve_app.core.keys import ApiKey, Plan, Workspace
 from serve_app.core.ledger import shard_of
@@ -234,6 +236,19 @@ async def test_a_workspace_that_spent_its_rate_or_its_quota_spends_no_others(ser
     await ask(a, SMALL, key="one")
     assert (await ask(a, SMALL, key="two")).status_code == 429
     assert (await ask(b, SMALL, key="two")).status_code == 200
+
+
+async def test_a_cap_that_one_workspace_has_reached_stops_no_other(
+    served: Served, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(books, "SPENT_S", -1.0)  # what was spent is asked for each time
+    await served.store.put_workspace(replace(A, monthly_cap_micros=1))
+    a, b = (served.ingress(KEYS[workspace.id]) for workspace in (A, B))
+    assert (await ask(a, LARGE, key="one")).status_code == 200
+    refused = await ask(a, LARGE, key="two")
+    assert (refused.status_code, refused.json()["error"]["code"]) == (403, "plan_limit_exceeded")
+    for key in ("one", "two"):
+        assert (await ask(b, LARGE, key=key)).status_code == 200
 
 
 async def test_in_any_order_an_answer_goes_to_the_workspace_it_was_computed_for(served: Served) -> None:

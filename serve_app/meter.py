@@ -48,7 +48,7 @@ class Meter:
                 )
                 continue
             billed, events = bill(reservation, workspace, self._rates, now_ms)
-            await self._store.put_reservation(billed, events)
+            await self._store.put_reservation(billed, events, cap_micros=workspace.monthly_cap_micros)
 
 
 def _what(reservation: Reservation) -> tuple[str, str, int]:

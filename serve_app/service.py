@@ -150,8 +150,9 @@ class Service:
 
     async def _run(self, call: Call, job: Job) -> Reply:
         """Without an Idempotency-Key: every success is a call of its own, and billed."""
-        reply = await self._compute(call, job)
         workspace = job.caller.workspace
+        await self._books.check_cap(workspace, self._month())
+        reply = await self._compute(call, job)
         await self._books.bill(workspace, self._bill(call, job, reply, id=call_event_id(workspace.id, call.id)))
         return reply
 
@@ -168,6 +169,8 @@ class Service:
     async def _fulfil(self, call: Call, job: Job, claim: Claim) -> Reply:
         try:
             async with self.deadline():
+                if claim.lost_blob is None:  # else it was billed before the cap was reached, and is not billed again
+                    await self._books.check_cap(job.caller.workspace, self._month())
                 reply = await self._compute(call, job)
                 bill = self._bill(call, job, reply, id=claim.op, claim=claim.id)
                 return await self._books.settle(job.caller.workspace, claim, reply, bill)
@@ -176,7 +179,6 @@ class Service:
             raise
 
     async def _compute(self, call: Call, job: Job) -> Reply:
-        await self._books.check_cap(job.caller.workspace, ledger.month_of(ledger.day_of(self._now_ms())))
         tokenized = await self._tokenize(call, job.model, job.request.input)
         check_tokens(job.model.card, tokenized.packed.tokens)
         await self._throttle.spend(job.caller, tokenized.packed.tokens)
@@ -189,6 +191,9 @@ class Service:
             fingerprint=job.model.card.fingerprint,
             request_id=call.request_id,
         )
+
+    def _month(self) -> str:
+        return ledger.month_of(ledger.day_of(self._now_ms()))
 
     def _bill(self, call: Call, job: Job, reply: Reply, *, id: str, claim: str | None = None) -> UsageEvent:
         return token_event(

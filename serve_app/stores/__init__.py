@@ -153,8 +153,13 @@ class Store(Protocol):
         """Those that are not settled."""
         ...
 
-    async def put_reservation(self, reservation: Reservation, events: Sequence[UsageEvent] = ()) -> None:
-        """Record and events in one atomic write; an event that is in the ledger is not added again. No cap stops it."""
+    async def put_reservation(
+        self, reservation: Reservation, events: Sequence[UsageEvent] = (), *, cap_micros: int | None = None
+    ) -> None:
+        """Record and events in one atomic write; an event that is in the ledger is not added again.
+
+        cap_micros: as of `Complete`. It stops nothing here, but the warnings that are due go with the events.
+        """
         ...
 
     # Upkeep

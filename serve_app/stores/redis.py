@@ -20,7 +20,6 @@ from serve_app.stores import redis_wire as wire
 from serve_app.stores.redis_client import Client, call
 from serve_app.stores.redis_wire import prefix
 
-VERSION = "serve-app:{accounts}:version"
 WORKSPACES = "serve-app:{accounts}:workspaces"
 KEYS = "serve-app:{accounts}:keys"
 USES = "serve-app:{accounts}:uses"
@@ -50,11 +49,13 @@ class RedisStore:
 
     async def upgrade(self) -> None:
         """Make, once, what an older version did not keep yet from what it did. Raises StoreDown."""
-        (known,) = await self._client.ask(("GET", VERSION))
-        if known is None and (await self._client.ask(("SET", VERSION, 2, "NX")))[0]:
-            for (workspace, month), lines in caps.by_month(await self.usage(None, "", "9")).items():
-                name = f"{prefix(ledger.shard_of(workspace))}spent:{workspace}"
-                await self._client.ask(("HINCRBY", name, month, caps.picos_of_lines(lines)))
+        names = [prefix(shard) + "counted" for shard in range(SHARDS)]
+        if all(await self._client.ask(*(("EXISTS", name) for name in names))):
+            return
+        sums: dict[int, list[str | int]] = {shard: [] for shard in range(SHARDS)}
+        for (workspace, month), lines in caps.by_month(await self.usage(None, "", "9")).items():
+            sums[ledger.shard_of(workspace)] += [workspace, month, caps.picos_of_lines(lines)]
+        await self._client.ask(*(call(scripts.COUNT, prefix(shard), *sums[shard]) for shard in sums))
 
     async def run(self, steps: Sequence[Step]) -> list[Outcome]:
         now = self._now()
@@ -195,13 +196,16 @@ class RedisStore:
         found = [Reservation.from_json(body) for bodies in shards for body in bodies]
         return sorted(found, key=lambda reservation: reservation.id)
 
-    async def put_reservation(self, reservation: Reservation, events: Sequence[UsageEvent] = ()) -> None:
+    async def put_reservation(
+        self, reservation: Reservation, events: Sequence[UsageEvent] = (), *, cap_micros: int | None = None
+    ) -> None:
         if any(event.workspace != reservation.workspace for event in events):
             raise ValueError("a reservation bills its own workspace")
         kept = b"" if reservation.settled else reservation.to_json()
-        bills = [part for event in events for part in wire.event_args(event)]
+        bills = [list(wire.bill_args(event, cap_micros)) for event in events]
         shard, row = prefix(ledger.shard_of(reservation.workspace)), (reservation.workspace, reservation.id, kept)
-        await self._client.ask(call(scripts.PUT_RESERVATION, shard, "", *row, *bills))
+        sizes, parts = {len(bill) for bill in bills}, [part for bill in bills for part in bill]
+        await self._client.ask(call(scripts.PUT_RESERVATION, shard, "", *row, *sizes, *parts))
 
     async def purge(self, limit: int) -> int:
         gone = 0

@@ -122,9 +122,9 @@ local function append(at)
   redis.call('HINCRBY', sums, 'quantity:' .. line, quantity)
   redis.call('HINCRBY', spending, month_of(at), ARGV[at + 5])
 end
-local function notify(at)
+local function notify(at, last)
   local spent = spent_in(month_of(at))
-  for notice = at + 7, #ARGV, 7 do
+  for notice = at + 7, last, 7 do
     local once = 'notice:' .. ARGV[notice + 1]
     if spent >= tonumber(ARGV[notice]) and redis.call('HSETNX', spending, once, 1) == 1 then append(notice + 1) end
   end
@@ -214,7 +214,7 @@ if ARGV[9] and is_capped(9) then
   return {'capped'}
 end
 if ARGV[9] then append(9) end
-if ARGV[15] then notify(9) end
+if ARGV[15] then notify(9, #ARGV) end
 redis.call('HSET', record, 'state', 'done', kind, reply, 'bytes', bytes, 'tokens', tokens)
 keep(workspace, claim, now + KEPT_MS)
 count(workspace, claim, bytes)
@@ -243,7 +243,7 @@ EMIT = _script(
     """
 if redis.call('EXISTS', shard .. 'seen:' .. ARGV[3]) == 0 and is_capped(3) then return {'capped'} end
 local new = append_once(3, SEEN_MS)
-if new == 1 then notify(3) end
+if new == 1 then notify(3, #ARGV) end
 return {'emitted', new}
 """,
 )
@@ -318,18 +318,32 @@ return #gone
 """,
 )
 
-# ARGV: nothing, workspace, id, reservation ('' once it is settled), events.
+# ARGV: nothing, workspace, id, reservation ('' once it is settled), arguments of each event, and those.
 PUT_RESERVATION = _script(
     _ALWAYS,
     "local shard = KEYS[1]",
     _APPEND,
-    f"for at = 5, #ARGV, 6 do append_once(at, {HOUR_SEEN_MS}) end",
+    f"local SEEN_MS = {HOUR_SEEN_MS}",
     """
+for at = 6, #ARGV, ARGV[5] or 1 do
+  if append_once(at, SEEN_MS) == 1 then notify(at, at + ARGV[5] - 1) end
+end
 if ARGV[4] == '' then
   redis.call('HDEL', shard .. 'reservations', ARGV[3])
 else
   redis.call('HSET', shard .. 'reservations', ARGV[3], ARGV[4])
 end
+return 1
+""",
+)
+
+# What an older version did not count. Whoever opens the store asks for it before he writes, and the first is heeded: so
+# nothing that was counted with its bill is counted again. ARGV: workspace, month and pico-dollars, again and again.
+COUNT = _script(
+    _ALWAYS,
+    """
+if redis.call('SETNX', KEYS[1] .. 'counted', 1) == 0 then return 0 end
+for at = 1, #ARGV, 3 do redis.call('HSET', KEYS[1] .. 'spent:' .. ARGV[at], ARGV[at + 1], ARGV[at + 2]) end
 return 1
 """,
 )
@@ -404,4 +418,5 @@ SCRIPTS = (
     ADD_WORKSPACE,
     CHARGE,
     TOUCH,
+    COUNT,
 )

@@ -47,7 +47,9 @@ def prefix(shard: int) -> str:
 def command(step: Step, now: str) -> Command:
     """The script of a step, and its arguments in the order of `redis_scripts.py`."""
     if isinstance(step, Emit):
-        return call(scripts.EMIT, prefix(step.event.shard), now, step.event.workspace, *_bill(step))
+        return call(
+            scripts.EMIT, prefix(step.event.shard), now, step.event.workspace, *bill_args(step.event, step.cap_micros)
+        )
     shard, record = prefix(ledger.shard_of(step.workspace)), (now, step.workspace, step.claim)
     if isinstance(step, Renew):
         return call(scripts.RENEW, shard, *record, step.attempt, step.lease_ms)
@@ -55,7 +57,7 @@ def command(step: Step, now: str) -> Command:
         return call(scripts.ABANDON, shard, *record, step.attempt)
     if isinstance(step, Complete):
         reply = ("blob", step.reply.blob) if step.reply.blob is not None else ("body", step.reply.body or b"")
-        bill = (step.event.quantity, *_bill(step)) if step.event else (0,)
+        bill = (step.event.quantity, *bill_args(step.event, step.cap_micros)) if step.event else (0,)
         return call(scripts.COMPLETE, shard, *record, step.op, step.bytes, *reply, *bill)
     limits = (step.lease_ms, step.reserve_bytes, step.max_bytes, step.max_records)
     return call(scripts.BEGIN, shard, *record, step.attempt, step.op, step.fingerprint, *limits)
@@ -105,13 +107,12 @@ def event_args(event: UsageEvent) -> tuple[str, bytes, int, str, bytes, int]:
     return event.id, event.to_json(), event.quantity, event.day, line, picos(event)
 
 
-def _bill(step: Complete | Emit) -> Iterator[str | bytes | int]:
+def bill_args(event: UsageEvent, cap_micros: int | None) -> Iterator[str | bytes | int]:
     """The event, and of a workspace with a cap that and the warnings."""
-    assert step.event is not None
-    yield from event_args(step.event)
-    if step.cap_micros is not None:
-        yield step.cap_micros * PICOS_PER_MICRO
-        for notice in notices(step.event, step.cap_micros):
+    yield from event_args(event)
+    if cap_micros is not None:
+        yield cap_micros * PICOS_PER_MICRO
+        for notice in notices(event, cap_micros):
             yield notice.at_picos
             yield from event_args(notice.event)
 

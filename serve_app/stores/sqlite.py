@@ -252,12 +252,14 @@ class SqliteStore:
         rows = await self._reader.rows("select body from reservations where not settled order by id")
         return [Reservation.from_json(body) for (body,) in rows]
 
-    async def put_reservation(self, reservation: Reservation, events: Sequence[UsageEvent] = ()) -> None:
+    async def put_reservation(
+        self, reservation: Reservation, events: Sequence[UsageEvent] = (), *, cap_micros: int | None = None
+    ) -> None:
         def write(db: sqlite3.Connection) -> None:
             row = (reservation.id, reservation.settled, reservation.to_json())
             db.execute("insert or replace into reservations values (?, ?, ?)", row)
             for event in events:
-                _append(db, event)
+                _append(db, event, cap_micros)
 
         await self._writer.transact(write)
 

@@ -14,10 +14,11 @@ import pytest
 from serve_app.core import caps, pricing
 from serve_app.core.idempotency import Capped, Complete, Emit, Emitted, Fenced, Proceed, Replay, Settled, Stored
 from serve_app.core.keys import Plan, Workspace
-from serve_app.core.ledger import Kind, UsageEvent, shard_of
+from serve_app.core.ledger import Kind, UsageEvent, UsageLine, shard_of
 from serve_app.core.reservations import Reservation
 from serve_app.stores import Store, open_store
-from serve_app.stores.redis import VERSION
+from serve_app.stores.redis import RedisStore
+from serve_app.stores.redis_client import Client
 from serve_app.stores.sqlite_schema import SCHEMA
 from tests.redis_server import RedisServer
 from tests.stores.ledger import read_ledger
@@ -146,6 +147,50 @@ async def test_reserved_hours_count_and_are_never_refused(store: Store) -> None:
     assert await store.run([emit("a", 2_700_000)]) == [Capped()]
 
 
+async def test_a_reserved_hour_is_told_of_when_it_uses_up_the_cap(store: Store) -> None:
+    """Else a workspace that keeps GPUs would come to its end unwarned."""
+    reservation = Reservation(
+        id="r", workspace="ws", model="m", size_class="small", milli_gpus=1000, started_ms=NOW_MS, seen_ms=NOW_MS
+    )
+    hours = [event(f"hour-{at}", quantity=3_600_000, kind=Kind.GPU_TIME, unit_price="2.70") for at in range(4)]
+    for _ in range(2):
+        await store.put_reservation(reservation, hours[:3], cap_micros=10_000_000)
+    (warning,) = await notices(store)
+    assert warning.details == {"month": MONTH, "cap_micros": 10_000_000, "percent_spent": 80}
+    await store.put_reservation(reservation, hours[3:], cap_micros=10_000_000)
+    await store.put_reservation(reservation, cap_micros=10_000_000)
+    assert [it.details["percent_spent"] for it in await notices(store)] == [80, 100]
+    assert await store.spent("ws", MONTH) == 10_800_000 * caps.PICOS_PER_MICRO
+
+
+@pytest.mark.parametrize("before_it_reads", [True, False])
+async def test_of_two_that_open_an_older_redis_one_is_heeded(redis_server: RedisServer, before_it_reads: bool) -> None:
+    store = await open_store(redis_server.url)
+    await store.run([Emit(event=event("a"))])
+    await store.close()
+    shard = f"serve-app:{{s{shard_of('ws')}}}:"
+    redis_server.command("DEL", f"{shard}counted", f"{shard}spent:ws")
+
+    class Overtaken(RedisStore):
+        async def usage(self, workspace: str | None, first_day: str, last_day: str) -> list[UsageLine]:
+            if before_it_reads:
+                await another_opens_and_writes()
+            lines = await super().usage(workspace, first_day, last_day)
+            if not before_it_reads:
+                await another_opens_and_writes()
+            return lines
+
+    async def another_opens_and_writes() -> None:
+        other = await open_store(redis_server.url)
+        await other.run([Emit(event=event("b"))])
+        await other.close()
+
+    slow = Overtaken(Client(redis_server.url), None)
+    await slow.upgrade()
+    assert await slow.spent("ws", MONTH) == 2 * 7 * 12_000
+    await slow.close()
+
+
 async def test_a_workspace_can_be_changed(store: Store) -> None:
     workspace = Workspace(id="ws", name="one", plan=Plan.PRO, created_ms=1)
     await store.add_workspace(workspace)
@@ -182,7 +227,7 @@ async def test_an_older_redis_is_counted_when_it_is_opened(redis_server: RedisSe
     await store.run([Emit(event=event("a")), Emit(event=event("b", quantity=MILLION))])
     await store.close()
     shard = f"serve-app:{{s{shard_of('ws')}}}:"
-    redis_server.command("DEL", VERSION, f"{shard}spent:ws")
+    redis_server.command("DEL", f"{shard}counted", f"{shard}spent:ws")
     for _ in range(2):
         store = await open_store(redis_server.url)
         assert await store.spent("ws", MONTH) == PICOS + 7 * 12_000

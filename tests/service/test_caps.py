@@ -40,9 +40,9 @@ async def store(tmp_path: Path, clock: Clock) -> AsyncIterator[Store]:
 
 
 class Ingress:
-    def __init__(self, store: Store, clock: Clock) -> None:
+    def __init__(self, store: Store, clock: Clock, blobs: Path | None = None) -> None:
         self.model = FakeModel()
-        service = service_over(FakeModels(self.model), store=store, clerk=DeskClerk(store), clock=clock)
+        service = service_over(FakeModels(self.model), store=store, clerk=DeskClerk(store), clock=clock, blobs=blobs)
         app = build_app(service, max_body_bytes=100_000)
         self.http = httpx.AsyncClient(
             transport=httpx.ASGITransport(app), base_url="http://test", headers={"Authorization": f"Bearer {KEY}"}
@@ -173,3 +173,20 @@ async def test_tokens_may_be_counted_and_usage_read_past_the_cap(ingress: Ingres
     await ingress.ask(input=[TEXT] * TO_THE_CAP)
     assert (await ingress.http.post("/v1/tokenize", json={"model": CARD.id, "input": TEXT})).status_code == 200
     assert (await ingress.http.get("/v1/usage")).status_code == 200
+
+
+@pytest.mark.usefixtures("forgetful")
+async def test_a_success_whose_reply_was_lost_is_answered_after_the_cap(
+    store: Store, clock: Clock, tmp_path: Path
+) -> None:
+    """It was billed when it was computed first, and is not billed again."""
+    large, blobs = [TEXT] * 50, tmp_path / "blobs"
+    ingress = Ingress(store, clock, blobs)
+    first = await ingress.ask("key", input=large)
+    (file,) = [path for path in blobs.rglob("*") if path.is_file()]
+    file.unlink()
+    assert refused(await ingress.ask())
+    again = await ingress.ask("key", input=large)
+    assert (again.status_code, again.content) == (200, first.content)
+    assert len(await bills(store)) == 1
+    await ingress.http.aclose()

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ import pytest
 
 from serve_app.api import build_app
 from serve_app.core.idempotency import Abandon, Begin, Complete, Emit, Outcome, Renew, Step
-from serve_app.core.ledger import Recorded, shard_of
+from serve_app.core.ledger import Kind, Recorded, shard_of
 from serve_app.dispatch import Unit, UnitReply
 from serve_app.stores import Store, StoreDown
 from tests.service.fakes import (
@@ -33,7 +34,7 @@ from tests.service.fakes import (
     answers,
     service_over,
 )
-from tests.stores.steps import Clock
+from tests.stores.steps import Clock, emit
 
 LEASE_S = 1.2  # renewed every 0.4 s
 BODY = {"model": CARD.id, "input": ["one text", "and another one"], "encoding_format": "base64"}
@@ -206,3 +207,82 @@ async def test_a_zombie_that_finishes_after_a_takeover_is_given_the_first_answer
         first = await call
     assert (first.status_code, first.content) == (200, second.content)
     assert len(await world.events()) == 1
+
+
+# At a spend cap
+
+
+class Stale(Wire):
+    """Its ingress has not heard that anything was spent: only the store itself stops it."""
+
+    async def spent(self, workspace: str, month: str) -> int:
+        return 0
+
+
+async def cap_of(world: World, micros: int | None) -> None:
+    await world.store.put_workspace(replace(WORKSPACE, monthly_cap_micros=micros))
+
+
+@pytest.mark.parametrize(
+    ("kind", "executed", "dies"), list(itertools.product((Begin, Complete, Abandon), (False, True), (False, True)))
+)
+async def test_whatever_is_lost_past_the_cap_nothing_is_billed_and_the_key_is_free_again(
+    world: World, kind: type[Step], executed: bool, dies: bool
+) -> None:
+    await world.store.run([emit("before", WORKSPACE.id, quantity=1_000_000)])
+    await cap_of(world, 1)
+    wire = Stale(world.store, kind, executed=executed, dies=dies)
+    first = world.ingress(wire)
+    call = asyncio.create_task(ask(first))
+    if kind is not Abandon:
+        await asyncio.wait_for(wire.failed.wait(), 30)
+    if dies and kind is not Abandon:
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+    else:
+        answer = await call
+        freed_and_lost = kind is Complete and executed  # the same step again finds no claim
+        assert code_of(answer) == ("idempotency_in_progress" if freed_and_lost else "plan_limit_exceeded")
+
+    retry = await ask(world.ingress(world.store))
+    if code_of(retry) == "idempotency_in_progress":
+        world.clock.tick(int(1000 * LEASE_S) + 1)
+        retry = await ask(world.ingress(world.store))
+    assert code_of(retry) == "plan_limit_exceeded"
+    assert [recorded.event.id for recorded in await world.events()] == ["before"]
+
+    await cap_of(world, None)
+    world.clock.tick(int(1000 * LEASE_S) + 1)
+    paid = await ask(world.ingress(world.store))
+    assert (paid.status_code, is_replay(paid)) == (200, False)
+    assert len(await world.events()) == 2
+
+
+@pytest.mark.parametrize(
+    ("kind", "executed", "dies"),
+    [*itertools.product((Begin, Complete), (False, True), (False, True)), (Emit, False, False), (Emit, True, False)],
+)
+async def test_whatever_is_lost_at_the_edge_of_the_cap_the_bill_and_its_warnings_are_there_once(
+    world: World, kind: type[Step], executed: bool, dies: bool
+) -> None:
+    await world.store.run([emit("before", WORKSPACE.id, quantity=118, unit_price="0.008")])  # 0.944 micro-dollars
+    await cap_of(world, 1)
+    key = None if kind is Emit else "a-key"
+    wire = Wire(world.store, kind, executed=executed, dies=dies)
+    call = asyncio.create_task(ask(world.ingress(wire), key))
+    await asyncio.wait_for(wire.failed.wait(), 30)
+    if dies:
+        call.cancel()
+        await asyncio.gather(call, return_exceptions=True)
+        world.clock.tick(int(1000 * LEASE_S) + 1)
+        call = asyncio.create_task(ask(world.ingress(world.store), key))
+    assert (await call).status_code == 200
+    events = [recorded.event for recorded in await world.events()]
+    assert [event.kind for event in events] == [Kind.TOKENS, Kind.TOKENS, Kind.NOTICE, Kind.NOTICE]
+    assert [event.details["percent_spent"] for event in events[2:]] == [80, 100]
+    assert await world.store.spent(WORKSPACE.id, "2025-11") == (118 + TOKENS) * 8_000
+    assert code_of(await ask(world.ingress(world.store), "another-key")) == "plan_limit_exceeded"
+
+
+def code_of(response: httpx.Response) -> str | None:
+    return None if response.status_code == 200 else str(response.json()["error"]["code"])

@@ -54,7 +54,7 @@ class RedisStore:
             return
         sums: dict[int, list[str | int]] = {shard: [] for shard in range(SHARDS)}
         for (workspace, month), lines in caps.by_month(await self.usage(None, "", "9")).items():
-            sums[ledger.shard_of(workspace)] += [workspace, month, caps.picos_of_lines(lines)]
+            sums[ledger.shard_of(workspace)] += [workspace, month, *wire.amount_args(caps.picos_of_lines(lines))]
         await self._client.ask(*(call(scripts.COUNT, prefix(shard), *sums[shard]) for shard in sums))
 
     async def run(self, steps: Sequence[Step]) -> list[Outcome]:
@@ -139,8 +139,9 @@ class RedisStore:
         return lines
 
     async def spent(self, workspace: str, month: str) -> int:
-        ((spent),) = await self._client.ask(("HGET", f"{prefix(ledger.shard_of(workspace))}spent:{workspace}", month))
-        return int(spent or 0)
+        name = f"{prefix(ledger.shard_of(workspace))}spent:{workspace}"
+        ((micros, picos),) = await self._client.ask(("HMGET", name, month, f"{month}:picos"))
+        return int(micros or 0) * caps.PICOS_PER_MICRO + int(picos or 0)
 
     async def holdings(self, workspace: str) -> Holdings:
         command = call(scripts.HOLDINGS, prefix(ledger.shard_of(workspace)), self._now(), workspace)

@@ -104,13 +104,23 @@ local function replay(found)
 end
 """
 
-# An event is six arguments: id, JSON, quantity, day, what else its line of the day's sums goes by, and pico-dollars. If
-# its workspace has a cap, that follows, in pico-dollars, and for each notice from how many on it is due, and its event.
+# An event is seven arguments: id, JSON, quantity, day, what else its line of the day's sums goes by, and its amount. If
+# its workspace has a cap, that follows, in micro-dollars, and for each notice the amount from which it is due, and its
+# event. An amount is micro-dollars and the pico-dollars beside them: together they have more digits than a number here.
 _APPEND = """
 local spending = shard .. 'spent:' .. (ARGV[2] or '')
 local function month_of(at) return string.sub(ARGV[at + 3], 1, 7) end
-local function spent_in(month) return tonumber(redis.call('HGET', spending, month) or 0) end
-local function is_capped(at) return ARGV[at + 6] and spent_in(month_of(at)) >= tonumber(ARGV[at + 6]) end
+local function spent_in(month)
+  local spent = redis.call('HMGET', spending, month, month .. ':picos')
+  return tonumber(spent[1] or 0), tonumber(spent[2] or 0)
+end
+local function spend(month, micros, picos)
+  local _, before = spent_in(month)
+  picos = picos + before
+  redis.call('HINCRBY', spending, month, string.format('%.0f', micros + math.floor(picos / 1000000)))
+  redis.call('HSET', spending, month .. ':picos', picos % 1000000)
+end
+local function is_capped(at) return ARGV[at + 7] and spent_in(month_of(at)) >= tonumber(ARGV[at + 7]) end
 local function append(at)
   local json, quantity, day, line = ARGV[at + 1], ARGV[at + 2], ARGV[at + 3], ARGV[at + 4]
   local sequence = (redis.call('GET', shard .. 'last') or 0) + 1
@@ -120,13 +130,15 @@ local function append(at)
   local sums = shard .. 'usage:' .. ARGV[2] .. ' ' .. day
   redis.call('HINCRBY', sums, 'events:' .. line, 1)
   redis.call('HINCRBY', sums, 'quantity:' .. line, quantity)
-  redis.call('HINCRBY', spending, month_of(at), ARGV[at + 5])
+  spend(month_of(at), ARGV[at + 5], ARGV[at + 6])
 end
 local function notify(at, last)
-  local spent = spent_in(month_of(at))
-  for notice = at + 7, last, 7 do
-    local once = 'notice:' .. ARGV[notice + 1]
-    if spent >= tonumber(ARGV[notice]) and redis.call('HSETNX', spending, once, 1) == 1 then append(notice + 1) end
+  local micros, picos = spent_in(month_of(at))
+  for notice = at + 8, last, 9 do
+    local due, beside, once = tonumber(ARGV[notice]), tonumber(ARGV[notice + 1]), 'notice:' .. ARGV[notice + 2]
+    if micros > due or (micros == due and picos >= beside) then
+      if redis.call('HSETNX', spending, once, 1) == 1 then append(notice + 2) end
+    end
   end
 end
 local function append_once(at, seen_ms)
@@ -214,7 +226,7 @@ if ARGV[9] and is_capped(9) then
   return {'capped'}
 end
 if ARGV[9] then append(9) end
-if ARGV[15] then notify(9, #ARGV) end
+if ARGV[16] then notify(9, #ARGV) end
 redis.call('HSET', record, 'state', 'done', kind, reply, 'bytes', bytes, 'tokens', tokens)
 keep(workspace, claim, now + KEPT_MS)
 count(workspace, claim, bytes)
@@ -338,12 +350,15 @@ return 1
 )
 
 # What an older version did not count. Whoever opens the store asks for it before he writes, and the first is heeded: so
-# nothing that was counted with its bill is counted again. ARGV: workspace, month and pico-dollars, again and again.
+# nothing that was counted with its bill is counted again. ARGV: workspace, month and amount, again and again.
 COUNT = _script(
     _ALWAYS,
     """
 if redis.call('SETNX', KEYS[1] .. 'counted', 1) == 0 then return 0 end
-for at = 1, #ARGV, 3 do redis.call('HSET', KEYS[1] .. 'spent:' .. ARGV[at], ARGV[at + 1], ARGV[at + 2]) end
+for at = 1, #ARGV, 4 do
+  local spending, month = KEYS[1] .. 'spent:' .. ARGV[at], ARGV[at + 1]
+  redis.call('HSET', spending, month, ARGV[at + 2], month .. ':picos', ARGV[at + 3])
+end
 return 1
 """,
 )

@@ -102,18 +102,23 @@ _PLAIN: dict[bytes, Outcome] = {
 }
 
 
-def event_args(event: UsageEvent) -> tuple[str, bytes, int, str, bytes, int]:
+def event_args(event: UsageEvent) -> tuple[str, bytes, int, str, bytes, int, int]:
     line = orjson.dumps([event.kind, event.model, event.api_key, event.tier, event.unit_price])
-    return event.id, event.to_json(), event.quantity, event.day, line, picos(event)
+    return event.id, event.to_json(), event.quantity, event.day, line, *amount_args(picos(event))
+
+
+def amount_args(picos: int) -> tuple[int, int]:
+    """Micro-dollars, and the pico-dollars beside them."""
+    return divmod(picos, PICOS_PER_MICRO)
 
 
 def bill_args(event: UsageEvent, cap_micros: int | None) -> Iterator[str | bytes | int]:
     """The event, and of a workspace with a cap that and the warnings."""
     yield from event_args(event)
     if cap_micros is not None:
-        yield cap_micros * PICOS_PER_MICRO
+        yield cap_micros
         for notice in notices(event, cap_micros):
-            yield notice.at_picos
+            yield from amount_args(notice.at_picos)
             yield from event_args(notice.event)
 
 

@@ -157,7 +157,7 @@ class SqliteStore:
 
     async def spent(self, workspace: str, month: str) -> int:
         rows = await self._reader.rows("select picos from spent where workspace = ? and month = ?", workspace, month)
-        return rows[0][0] if rows else 0
+        return int(rows[0][0]) if rows else 0
 
     async def holdings(self, workspace: str) -> Holdings:
         rows = await self._reader.rows(
@@ -408,10 +408,8 @@ def _append(db: sqlite3.Connection, event: UsageEvent, cap_micros: int | None = 
         " on conflict do update set events = events + 1, quantity = quantity + excluded.quantity",
         (*price, event.quantity),
     )
-    db.execute(
-        "insert into spent values (?, ?, ?) on conflict do update set picos = picos + excluded.picos",
-        (event.workspace, month_of(event.day), picos(event)),
-    )
+    spent = (event.workspace, month_of(event.day), str(_spent(db, event) + picos(event)))
+    db.execute("insert or replace into spent values (?, ?, ?)", spent)
     if cap_micros is not None:
         _notify(db, event, cap_micros)
     return True

@@ -56,15 +56,19 @@ _LIMITS = (
     # When a key's buckets are full again, in Unix microseconds. No row: they are full.
     "create table buckets (key text primary key, requests_us real not null, tokens_us real not null) without rowid",
     "create table key_uses (key text primary key, used_ms int not null) without rowid",
-    "create table spent (workspace text, month text, picos int not null, primary key (workspace, month)) without rowid",
+    # Pico-dollars as text: they may have more digits than an integer of SQLite.
+    """create table spent (
+        workspace text, month text, picos text not null, primary key (workspace, month)
+    ) without rowid""",
     """create table notices (
-        workspace text, month text, cap_micros int, at_picos int, primary key (workspace, month, cap_micros, at_picos)
+        workspace text, month text, cap_micros int, at_picos int,
+        primary key (workspace, month, cap_micros, at_picos)
     ) without rowid""",
     # A token's price is for a million of them, a GPU's for 3.6 million milliseconds: in floats, good to 1e-15 of it.
     """insert into spent
-        select workspace, substr(day, 1, 7), cast(round(sum(
+        select workspace, substr(day, 1, 7), printf('%.0f', sum(
             quantity * cast(unit_price as real) * case kind when 'gpu_time' then 1e6 / 3.6 else 1e6 end
-        )) as int) from usage_days group by 1, 2""",
+        )) from usage_days group by 1, 2""",
 )
 
 SCHEMA: tuple[tuple[str, ...], ...] = (_FIRST, _LIMITS)

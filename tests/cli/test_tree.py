@@ -28,6 +28,7 @@ FINDS = {
 }
 # By command, what it is asked, where any words would not bring it as far as the store.
 WORDS = {
+    "workspace cap": ["ws_1", "12.50"],
     "ledger retry": ["files", "--url", "jsonl:files"],
 }
 

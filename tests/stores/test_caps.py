@@ -234,6 +234,19 @@ async def test_an_older_redis_is_counted_when_it_is_opened(redis_server: RedisSe
         await store.close()
 
 
+async def test_a_month_may_cost_more_than_an_integer_of_64_bits_can_count(store: Store) -> None:
+    large = [emit(f"large-{at}", 10**15, quantity=2**53 + 1, unit_price="0.009") for at in range(3)]
+    await store.run(large)
+    assert await store.spent("ws", MONTH) == 3 * caps.picos(large[0].event) > 2**63
+    assert await store.run([emit("small", 10**6), emit("free", 10**15, quantity=1)]) == [Capped(), Emitted(new=True)]
+    assert await notices(store) == []
+
+
+async def test_pico_dollars_are_carried(store: Store) -> None:
+    await store.run([emit(f"call-{at}", None, quantity=83 + at) for at in range(40)])
+    assert await store.spent("ws", MONTH) == sum(83 + at for at in range(40)) * 12_000
+
+
 def test_what_is_rounded_is_a_trillionth_of_a_dollar() -> None:
     dearest = event("a", quantity=1, unit_price="999999999.999999999")
     assert caps.picos(dearest) == 1_000_000_000_000_000

@@ -30,7 +30,6 @@ FINDS = {
 WORDS = {
     "workspace cap": ["ws_1", "12.50"],
     "ledger retry": ["files", "--url", "jsonl:files"],
-    "workspace cap": ["ws_1", "5"],
 }
 
 

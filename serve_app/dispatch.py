@@ -1,7 +1,8 @@
 """From requests to units of work and back: keeps each model's pending sequences and ships them to its replicas.
 
 At most `UNITS_PER_REPLICA` units of a lane are under way for each replica: enough that no replica idles, few enough
-that who goes next is decided here, in turns. `core/packing.py` decides what a unit holds; `send` is the only way out.
+that who goes next is decided here, in turns; and smaller ones while workspaces get in each other's way. What a unit
+holds, `core/packing.py` decides; `send` is the only way out.
 """
 
 from __future__ import annotations
@@ -12,17 +13,19 @@ import itertools
 import logging
 import time
 import traceback
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from serve_app.core.errors import AtCapacity, InternalError, ServiceError
-from serve_app.core.packing import Packed, PackingQueue, Span
+from serve_app.core.packing import ALONE, Packed, PackingQueue, Share, Span
 from serve_app.core.vectors import Vectors
 
 UNITS_PER_REPLICA = 2  # one being computed, one waiting at the replica's door
 EXPRESS_TOKENS = 256  # a request this short travels in the express lane: beside bulk work, not behind it
+CROWD = 8  # a unit is so much smaller while another workspace's short requests would have to wait behind it
+CROWD_S = 1.0  # for how long after the last of them
 RATE_HALF_LIFE_S = 10.0  # of the measured tokens per second, which `Retry-After` is made from
 
 logger = logging.getLogger(__name__)
@@ -109,15 +112,16 @@ class Dispatcher:
         self._flights: dict[int, _Flight] = {}
         self._numbers = itertools.count()
         self._rate = _Rate()
+        self._crowd = _Crowd()
 
     @property
     def pending_sequences(self) -> int:
         """Sequences of requests that are not answered yet, under way or not."""
         return sum(flight.missing for flight in self._flights.values())
 
-    async def encode(self, packed: Packed) -> Encoded:
+    async def encode(self, packed: Packed, share: Share = ALONE) -> Encoded:
         """Vectors in the order of the sequences. A caller that is cancelled leaves the queue. Raises ServiceError."""
-        self._admit(packed)
+        self._admit(packed, share)
         start, request = time.perf_counter(), next(self._numbers)
         lane = self._lanes[packed.tokens <= EXPRESS_TOKENS]
         flight = self._flights[request] = _Flight(
@@ -127,7 +131,9 @@ class Dispatcher:
             done=asyncio.get_running_loop().create_future(),
         )
         try:
-            lane.queue.add(request, packed.lengths.tolist())
+            lane.queue.add(request, packed.lengths.tolist(), share)
+            if lane.express:
+                self._crowd.came(share.workspace, start)
             self._pump(lane)
             await flight.done
         finally:
@@ -142,14 +148,25 @@ class Dispatcher:
         for flight in self._flights.values():
             flight.fail(error)
 
-    def _admit(self, packed: Packed) -> None:
-        """An idle queue takes any request; a full one says how long it needs at the measured rate."""
+    def _admit(self, packed: Packed, share: Share) -> None:
+        """An idle queue takes any request; a full one says how long it needs at the measured rate.
+
+        A full one, too, takes what keeps a workspace within its part of it: so at worst twice as much waits.
+        """
         waiting = sum(lane.queue.tokens for lane in self._lanes.values())
-        if waiting and waiting + packed.tokens > self._max_pending_tokens:
+        if waiting and waiting + packed.tokens > self._max_pending_tokens and not self._has_room(packed, share):
             raise AtCapacity(
                 f"{waiting:,} tokens wait for this model; with yours they were more than {self._max_pending_tokens:,}.",
                 retry_after_s=self._rate.seconds_for(waiting),
             )
+
+    def _has_room(self, packed: Packed, share: Share) -> bool:
+        queues = [lane.queue for lane in self._lanes.values()]
+        weights = {share.workspace: share.weight}
+        for queue in queues:
+            weights |= queue.weights()
+        part = self._max_pending_tokens * share.weight / sum(weights.values())
+        return len(weights) > 1 and sum(queue.tokens_of(share.workspace) for queue in queues) + packed.tokens <= part
 
     def _leave(self, lane: _Lane, request: int) -> None:
         """Answered, failed or given up: nothing of this request is worth a place at a replica any more."""
@@ -161,7 +178,7 @@ class Dispatcher:
 
     def _pump(self, lane: _Lane) -> None:
         while len(lane.under_way) < UNITS_PER_REPLICA * max(1, self.replicas):
-            spans = lane.queue.next_unit(self._unit_tokens, self._unit_sequences)
+            spans = lane.queue.next_unit(self._size(lane), self._unit_sequences)
             if not spans:
                 return
             # In a context of its own: Serve cancels what was called on behalf of a request that ends, and a unit is
@@ -170,6 +187,11 @@ class Dispatcher:
             lane.under_way[task] = spans
             task.add_done_callback(lambda done: self._next(lane, done))
             self._rate.departed(time.perf_counter())
+
+    def _size(self, lane: _Lane) -> int:
+        """Tokens of the next unit: what is being computed, nobody can overtake."""
+        crowded = self._crowd.beside(lane.queue.weights().keys(), time.perf_counter())
+        return max(1, self._unit_tokens // CROWD) if crowded else self._unit_tokens
 
     def _next(self, lane: _Lane, done: asyncio.Task[None]) -> None:
         spans = lane.under_way.pop(done)
@@ -217,6 +239,23 @@ class Dispatcher:
         for span in spans:
             if flight := self._flights.get(span.request):
                 flight.fail(error)
+
+
+class _Crowd:
+    """The workspaces that sent a short request within the last `CROWD_S`."""
+
+    def __init__(self) -> None:
+        self._came_s: dict[str, float] = {}  # oldest first
+
+    def came(self, workspace: str, now_s: float) -> None:
+        self._came_s.pop(workspace, None)
+        self._came_s[workspace] = now_s
+
+    def beside(self, workspaces: Collection[str], now_s: float) -> bool:
+        """Whether there is one besides those that wait, or several wait."""
+        while self._came_s and now_s - self._came_s[oldest := next(iter(self._came_s))] > CROWD_S:
+            del self._came_s[oldest]
+        return bool(self._came_s) and len(self._came_s.keys() | set(workspaces)) > 1
 
 
 class _Rate:

@@ -22,7 +22,8 @@ from serve_app.core.catalog import ModelCard, check_dimensions, check_strings, c
 from serve_app.core.charges import token_event
 from serve_app.core.errors import EndpointNotAllowed, ModelNotAllowed, RequestTimeout
 from serve_app.core.ledger import UsageEvent, call_event_id
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, Share
+from serve_app.core.plans import Limits
 from serve_app.core.pricing import RateCard
 from serve_app.core.replies import Reply
 from serve_app.core.truncation import Tokenized
@@ -41,7 +42,7 @@ class LiveModel(Protocol):
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized: ...
 
-    async def encode(self, packed: Packed) -> Encoded: ...
+    async def encode(self, packed: Packed, share: Share) -> Encoded: ...
 
 
 class Models(Protocol):
@@ -95,6 +96,7 @@ class Service:
         throttle: Throttle,
         books: Books,
         rates: RateCard,
+        limits: Limits,
         *,
         now_ms: Clock,
         request_timeout_s: float,
@@ -104,6 +106,7 @@ class Service:
         self._throttle = throttle
         self._books = books
         self._rates = rates
+        self._limits = limits
         self._now_ms = now_ms
         self._request_timeout_s = request_timeout_s
 
@@ -182,7 +185,7 @@ class Service:
         tokenized = await self._tokenize(call, job.model, job.request.input)
         check_tokens(job.model.card, tokenized.packed.tokens)
         await self._throttle.spend(job.caller, tokenized.packed.tokens)
-        encoded = await self._encode(call, job.model, tokenized)
+        encoded = await self._encode(call, job, tokenized)
         return Reply(
             vectors=vectors.cut(encoded.vectors, job.dimensions),
             model=job.model.card.name,
@@ -271,8 +274,10 @@ class Service:
         call.tokenize_s = time.perf_counter() - started_s
         return tokenized
 
-    async def _encode(self, call: Call, model: LiveModel, tokenized: Tokenized) -> Encoded:
-        encoded = await model.encode(tokenized.packed)
+    async def _encode(self, call: Call, job: Job, tokenized: Tokenized) -> Encoded:
+        workspace = job.caller.workspace
+        share = Share(workspace=workspace.id, weight=self._limits.weight(workspace.plan))
+        encoded = await job.model.encode(tokenized.packed, share)
         call.queue_s, call.compute_s = encoded.queue_s, encoded.compute_s
         return encoded
 

@@ -12,9 +12,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, Share
 from serve_app.core.vectors import Vectors
-from serve_app.dispatch import EXPRESS_TOKENS, UNITS_PER_REPLICA, Dispatcher, Encoded, Unit, UnitReply
+from serve_app.dispatch import CROWD, CROWD_S, EXPRESS_TOKENS, UNITS_PER_REPLICA, Dispatcher, Encoded, Unit, UnitReply
 
 LONG = EXPRESS_TOKENS + 44  # one sequence that makes its request travel in the bulk lane
 
@@ -513,3 +513,85 @@ async def test_rows_that_came_twice_do_not_stand_for_rows_that_never_came() -> N
     late.set()
     assert (await split).vectors.tolist() == [[10 + index, LONG] for index in range(4)]
     await asyncio.gather(*blockers)
+
+
+# Workspaces beside each other
+
+
+def of(workspace: str, weight: int = 1) -> Share:
+    return Share(workspace=workspace, weight=weight)
+
+
+async def test_units_are_full_while_a_workspace_is_alone_and_small_beside_anothers_short_requests(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock_s = 100.0
+    monkeypatch.setattr("serve_app.dispatch.time.perf_counter", lambda: clock_s)
+    replica = Replica()
+    dispatch = dispatcher(replica, unit_tokens=8 * LONG)
+    await dispatch.encode(request(1, 5), of("flood"))
+    await dispatch.encode(request(100, *[LONG] * 16), of("flood"))
+    assert max(len(unit.packed.lengths) for unit in replica.units) == 8, "its own short requests crowd nobody"
+    replica.units.clear()
+    await dispatch.encode(request(1, 5), of("polite"))
+    await dispatch.encode(request(100, *[LONG] * 16), of("flood"))
+    assert [len(unit.packed.lengths) for unit in replica.units] == [1] * 17
+    replica.units.clear()
+    clock_s += CROWD_S + 0.01
+    await dispatch.encode(request(100, *[LONG] * 16), of("flood"))
+    assert max(len(unit.packed.lengths) for unit in replica.units) == 8
+
+
+async def test_a_polite_request_waits_for_what_is_under_way_and_no_longer() -> None:
+    """Nine polite workspaces and one that floods both lanes: in units, not in seconds."""
+    replica = Replica()
+    dispatch = dispatcher(replica, unit_tokens=1000)
+    replica.hold(express=True)
+    flood = [start(dispatch.encode(request(1000, 20), of("flood"))) for _ in range(300)]
+    flood += [start(dispatch.encode(request(2000, *[LONG] * 20), of("flood"))) for _ in range(20)]
+    await settle()
+    polite = [start(dispatch.encode(request(10 + number, 20), of(f"polite-{number}"))) for number in range(9)]
+    await settle()
+    before = [unit.express for unit in replica.units].count(True)
+    replica.release(express=True)
+    await asyncio.gather(*polite)
+    express = [unit for unit in replica.units if unit.express][before:]
+    needed = next(
+        n for n in range(len(express)) if set(range(10, 19)) <= {i for u in express[: n + 1] for i in u.packed.ids}
+    )
+    assert needed <= 9 * 20 * CROWD // 1000 + 1
+    await asyncio.gather(*flood)
+
+
+async def test_a_full_queue_takes_what_is_a_workspaces_part_of_it_and_refuses_who_has_more() -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica, max_pending_tokens=10 * LONG)
+    replica.hold()
+    blockers = await filled_up(dispatch)
+    flood = [start(dispatch.encode(request(100, *[LONG] * 5), of("flood"))) for _ in range(2)]
+    await settle()
+    with pytest.raises(AtCapacity):
+        await dispatch.encode(request(1, LONG), of("flood"))
+    polite = start(dispatch.encode(request(200, *[LONG] * 5), of("polite")))
+    await settle()
+    assert not polite.done()
+    with pytest.raises(AtCapacity):
+        await dispatch.encode(request(300, LONG), of("polite"))
+    replica.release()
+    await asyncio.gather(*blockers, *flood, polite)
+
+
+async def test_a_heavier_workspace_has_a_larger_part_of_a_full_queue() -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica, max_pending_tokens=12 * LONG)
+    replica.hold()
+    blockers = await filled_up(dispatch)
+    flood = start(dispatch.encode(request(100, *[LONG] * 12), of("flood")))
+    await settle()
+    with pytest.raises(AtCapacity):
+        await dispatch.encode(request(1, *[LONG] * 8), of("light"))
+    heavy = start(dispatch.encode(request(1, *[LONG] * 8), of("heavy", 2)))
+    await settle()
+    assert not heavy.done()
+    replica.release()
+    await asyncio.gather(*blockers, flood, heavy)

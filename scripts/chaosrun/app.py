@@ -19,7 +19,7 @@ from serve_app import app
 from serve_app.books import Claim
 from serve_app.core.catalog import ModelCard
 from serve_app.core.idempotency import Complete, Emit, Outcome, Settled, Step
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, Share
 from serve_app.core.replies import Reply
 from serve_app.core.settings import IdempotencySettings, IngressSettings
 from serve_app.core.truncation import Tokenized
@@ -49,10 +49,10 @@ class WatchedModel:
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._model.tokenize(texts)
 
-    async def encode(self, packed: Packed) -> Encoded:
+    async def encode(self, packed: Packed, share: Share) -> Encoded:
         # The monotonic clock is one for all processes of a machine. A short line is appended whole, and outlives us.
         os.write(self._journal, f"{self._claim} {time.monotonic_ns()}\n".encode())
-        return await self._model.encode(packed)
+        return await self._model.encode(packed, share)
 
 
 class WatchedService(Service):

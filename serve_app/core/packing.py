@@ -1,12 +1,14 @@
 """Which sequences travel together: pending requests -> units of work of about equal cost.
 
-Requests take turns, a quantum of tokens each. The request whose turn it is always gets into the next unit, and being
-served or passed over moves nobody behind a later arrival: so a request with p others before it contributes to one of
-the next p + 1 units. `dispatch.py` brings the clock and the replicas.
+Workspaces take turns in tokens, by their weights, and within one its requests do, a quantum each: deficit round robin
+twice. Whose turn it is always gets into the next unit, and being served or passed over moves nobody behind a later
+arrival: a request with p others of its workspace before it, alone there, contributes to one of the next p + 1 units.
+What a workspace did not use it does not save. `dispatch.py` brings the clock and the replicas.
 """
 
 from __future__ import annotations
 
+import itertools
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -15,7 +17,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 TokenIds = NDArray[np.int32]
-QUANTUM_TOKENS = 256  # one turn: a short query fits whole, a passage too
+QUANTUM_TOKENS = 256  # one turn of a request: a short query fits whole, a passage too
+TURN_TOKENS = 64  # of a workspace of weight 1: a few short queries, so that many workspaces are in one unit
+LOOKED_AT = 64  # requests that are tried for the last bit of room: a unit must not cost more, the more wait
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -56,11 +60,34 @@ class Span:
     count: int
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Share:
+    """Whose request it is, and how many tokens its workspace gets in a round, relative to the others."""
+
+    workspace: str = ""
+    weight: int = 1
+
+
+ALONE = Share()
+
+
+@dataclass(slots=True)
+class _Tenant:
+    """The requests of one workspace that wait, in turns. credit: tokens left of its turn; below 0, it overdrew."""
+
+    workspace: str
+    weight: int
+    credit: int = 0
+    tokens: int = 0
+    turns: deque[int] = field(default_factory=deque)
+
+
 @dataclass(slots=True)
 class _Pending:
     """The sequences of one request that no unit has taken yet: from `next` on."""
 
     lengths: Sequence[int]
+    tenant: _Tenant
     next: int = 0
 
     def take(self, room_tokens: int, room_sequences: int, *, alone: bool) -> tuple[int, int]:
@@ -76,60 +103,120 @@ class _Pending:
         return count, tokens
 
 
+@dataclass(slots=True)
+class _Unit:
+    """What goes into it, by request: [first, count]."""
+
+    tokens_left: int
+    sequences_left: int
+    taken: dict[int, list[int]] = field(default_factory=dict)
+
+    @property
+    def has_room(self) -> bool:
+        return self.tokens_left > 0 and self.sequences_left > 0
+
+    def add(self, request: int, first: int, count: int, tokens: int) -> None:
+        self.taken.setdefault(request, [first, 0])[1] += count
+        self.tokens_left -= tokens
+        self.sequences_left -= count
+
+
 class PackingQueue:
     """The pending sequences of one model, in turns. Every sequence leaves exactly once: in a unit or by cancel()."""
 
     def __init__(self) -> None:
         self._pending: dict[int, _Pending] = {}
-        self._turns: deque[int] = deque()
+        self._tenants: dict[str, _Tenant] = {}
+        self._round: deque[_Tenant] = deque()
         self.sequences = 0
         self.tokens = 0
 
-    def add(self, request: int, lengths: Sequence[int]) -> None:
-        """Queue a request's sequences, in order, behind the requests that wait already. lengths: tokens, each >= 1."""
+    def add(self, request: int, lengths: Sequence[int], share: Share = ALONE) -> None:
+        """Queue a request's sequences, in order, behind those of its workspace. lengths: tokens, each >= 1."""
         if request in self._pending:
             raise ValueError(f"request {request} waits already. This is a bug")
-        if lengths:
-            self._pending[request] = _Pending(lengths)
-            self._turns.append(request)
-            self.sequences += len(lengths)
-            self.tokens += sum(lengths)
+        if not lengths:
+            return
+        tenant = self._tenants.get(share.workspace)
+        if tenant is None:
+            tenant = self._tenants[share.workspace] = _Tenant(share.workspace, share.weight)
+            self._round.append(tenant)
+        tenant.weight = share.weight
+        tenant.turns.append(request)
+        self._pending[request] = _Pending(lengths, tenant)
+        self._count(tenant, len(lengths), sum(lengths))
 
     def cancel(self, request: int) -> None:
         """Forget what is pending of a request; nothing if that is nothing."""
-        if pending := self._pending.pop(request, None):
-            self._turns.remove(request)
-            self.sequences -= len(pending.lengths) - pending.next
-            self.tokens -= sum(pending.lengths[pending.next :])
+        if pending := self._pending.get(request):
+            left = pending.lengths[pending.next :]
+            self._count(pending.tenant, -len(left), -sum(left))
+            self._drop(request)
+
+    def tokens_of(self, workspace: str) -> int:
+        """What waits of this workspace."""
+        tenant = self._tenants.get(workspace)
+        return tenant.tokens if tenant else 0
+
+    def weights(self) -> dict[str, int]:
+        """Of the workspaces of which anything waits."""
+        return {name: tenant.weight for name, tenant in self._tenants.items()}
 
     def next_unit(self, max_tokens: int, max_sequences: int) -> list[Span]:
         """At most so many tokens and sequences, one span a request; a longer sequence gets a unit alone. [] = empty.
 
         A sequence that does not fit leaves its request first in turn, where the next, empty unit has room for it.
         """
-        taken: dict[int, list[int]] = {}  # request -> [first, count]
-        passed: list[int] = []  # too long for what room was left: first in turn next time
-        sated: list[int] = []  # the same, but already in this unit: they have had their turn
-        tokens = sequences = 0
-        while self._turns and tokens < max_tokens and sequences < max_sequences:
-            request = self._turns.popleft()
-            pending = self._pending[request]
-            first = pending.next
-            count, cost = pending.take(max_tokens - tokens, max_sequences - sequences, alone=not taken)
-            if count == 0:
-                (sated if request in taken else passed).append(request)
+        unit = _Unit(max_tokens, max_sequences)
+        while self._round and unit.has_room:
+            tenant = self._round[0]
+            if tenant.credit <= 0:
+                tenant.credit += TURN_TOKENS * tenant.weight
+            if tenant.credit <= 0:  # it overdrew by more than a turn
+                self._round.rotate(-1)
                 continue
-            taken.setdefault(request, [first, 0])[1] += count
-            tokens, sequences = tokens + cost, sequences + count
-            if pending.next < len(pending.lengths):
-                self._turns.append(request)
-            else:
-                del self._pending[request]
-        self._turns.extendleft(reversed(passed))
-        self._turns.extend(sated)
-        self.tokens -= tokens
-        self.sequences -= sequences
-        return [Span(request=request, first=first, count=count) for request, (first, count) in taken.items()]
+            request = tenant.turns[0]
+            if not self._take(unit, request):
+                self._fill(unit)
+                break
+            if tenant.turns and tenant.turns[0] == request:
+                tenant.turns.rotate(-1)
+            if tenant.credit <= 0 and self._round and self._round[0] is tenant:
+                self._round.rotate(-1)
+        return [Span(request=request, first=first, count=count) for request, (first, count) in unit.taken.items()]
+
+    def _fill(self, unit: _Unit) -> None:
+        """What room is left goes to what fits, which is charged for it, and to nobody's place in turn."""
+        waiting = (request for tenant in [*self._round] for request in [*tenant.turns])
+        for request in itertools.islice(waiting, LOOKED_AT):
+            while request in self._pending and unit.has_room and self._take(unit, request):
+                pass
+
+    def _take(self, unit: _Unit, request: int) -> bool:
+        """One turn of a request. False: its next sequence does not fit."""
+        pending = self._pending[request]
+        first, tenant = pending.next, pending.tenant
+        count, cost = pending.take(unit.tokens_left, unit.sequences_left, alone=not unit.taken)
+        if count == 0:
+            return False
+        unit.add(request, first, count, cost)
+        tenant.credit -= cost
+        self._count(tenant, -count, -cost)
+        if pending.next == len(pending.lengths):
+            self._drop(request)
+        return True
+
+    def _drop(self, request: int) -> None:
+        tenant = self._pending.pop(request).tenant
+        tenant.turns.remove(request)
+        if not tenant.turns:
+            self._round.remove(tenant)
+            del self._tenants[tenant.workspace]
+
+    def _count(self, tenant: _Tenant, sequences: int, tokens: int) -> None:
+        self.sequences += sequences
+        self.tokens += tokens
+        tenant.tokens += tokens
 
 
 def runs(lengths: Sequence[int], step: int) -> Iterator[tuple[int, int]]:

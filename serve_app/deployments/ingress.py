@@ -69,6 +69,7 @@ class IngressReplica:
             Throttle(store, settings.limits),
             Books(store, Clerks(), Blobs(Path(settings.blobs)), settings),
             settings.rates,
+            settings.limits,
             now_ms=_now_ms,
             request_timeout_s=settings.request_timeout_s,
         )

@@ -16,7 +16,7 @@ from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, Share
 from serve_app.core.truncation import Tokenized
 from serve_app.deployments.encoder import Description, OtherFingerprint
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
@@ -86,8 +86,8 @@ class Ready:
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._threads.tokenize(self._tokenizer, texts)
 
-    async def encode(self, packed: Packed) -> Encoded:
-        return await self.dispatcher.encode(packed)
+    async def encode(self, packed: Packed, share: Share) -> Encoded:
+        return await self.dispatcher.encode(packed, share)
 
     def gone(self) -> None:
         """No replica is left, not even one that drains: Serve's handle would let what is under way wait for ever."""

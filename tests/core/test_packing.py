@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from serve_app.core.packing import Packed, PackingQueue, Span, runs
+from serve_app.core.packing import QUANTUM_TOKENS, TURN_TOKENS, Packed, PackingQueue, Share, Span, runs
 
 quick = settings(max_examples=60, deadline=None)
 
@@ -165,6 +165,147 @@ class Queueing(RuleBasedStateMachine):
 
 Queueing.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
 TestQueueing = Queueing.TestCase
+
+
+# Workspaces
+
+
+def share(workspace: str, weight: int = 1) -> Share:
+    return Share(workspace=workspace, weight=weight)
+
+
+def served(
+    queue: PackingQueue, owners: dict[int, tuple[str, list[int]]], units: int, max_tokens: int
+) -> dict[str, int]:
+    """Tokens by workspace in the next so many units."""
+    tokens = {workspace: 0 for workspace, _ in owners.values()}
+    for _ in range(units):
+        for span in queue.next_unit(max_tokens, 10_000):
+            workspace, lengths = owners[span.request]
+            tokens[workspace] += tokens_of(span, lengths)
+    return tokens
+
+
+@quick
+@given(
+    weights=st.lists(st.integers(1, 5), min_size=2, max_size=5),
+    length=st.integers(1, 600),
+    requests=st.lists(st.integers(1, 6), min_size=5, max_size=5),
+    max_tokens=st.sampled_from([300, 512, 2048]),
+)
+def test_workspaces_that_wait_get_tokens_by_their_weights_however_many_requests_they_have(
+    weights: list[int], length: int, requests: list[int], max_tokens: int
+) -> None:
+    queue, owners = PackingQueue(), dict[int, tuple[str, list[int]]]()
+    for at, weight in enumerate(weights):
+        for _ in range(requests[at]):
+            mine, number = [length] * (30_000 // length), len(owners)
+            owners[number] = (f"ws-{at}", mine)
+            queue.add(number, mine, share(f"ws-{at}", weight))
+    got = served(queue, owners, units=12, max_tokens=max_tokens)
+    each = [got[f"ws-{at}"] / weight for at, weight in enumerate(weights)]
+    assert max(each) - min(each) <= TURN_TOKENS + QUANTUM_TOKENS + length  # a turn, and what overdraws it
+
+
+def test_a_thousand_requests_of_one_workspace_are_not_before_one_of_another() -> None:
+    queue = PackingQueue()
+    for number in range(1000):
+        queue.add(number, [20] * 10, share("flood"))
+    queue.next_unit(2048, 1000)
+    queue.add(5000, [20], share("polite"))
+    assert 5000 in {span.request for span in queue.next_unit(2048, 1000)}
+
+
+def test_nine_polite_workspaces_and_a_flood_are_all_in_the_next_unit() -> None:
+    queue = PackingQueue()
+    for number in range(100):
+        queue.add(number, [100] * 64, share("flood"))
+    for number in range(9):
+        queue.add(1000 + number, [20], share(f"polite-{number}"))
+    assert {span.request for span in queue.next_unit(512, 1000)} >= set(range(1000, 1009))
+
+
+def test_who_was_away_has_saved_nothing() -> None:
+    queue, owners = PackingQueue(), {0: ("stayed", [100] * 500), 1: ("came", [100] * 500)}
+    queue.add(0, owners[0][1], share("stayed"))
+    for _ in range(20):
+        queue.next_unit(1000, 100)
+    queue.add(1, owners[1][1], share("came"))
+    got = served(queue, owners, units=10, max_tokens=1000)
+    assert abs(got["stayed"] - got["came"]) <= 2 * QUANTUM_TOKENS
+
+
+def test_a_long_sequence_is_paid_for_with_turns() -> None:
+    queue, owners = PackingQueue(), {0: ("long", [4096] * 50), 1: ("short", [64] * 5000)}
+    for number, (workspace, lengths) in owners.items():
+        queue.add(number, lengths, share(workspace))
+    got = served(queue, owners, units=40, max_tokens=4096)
+    assert abs(got["long"] - got["short"]) <= 4096 + QUANTUM_TOKENS
+
+
+def test_a_workspace_that_leaves_takes_no_turn_and_may_come_back() -> None:
+    queue = PackingQueue()
+    queue.add(0, [10] * 5, share("a"))
+    queue.add(1, [10] * 5, share("b"))
+    queue.cancel(0)
+    assert queue.weights() == {"b": 1}
+    assert (queue.tokens_of("a"), queue.tokens_of("b")) == (0, 50)
+    queue.add(2, [10], share("a", 3))
+    assert queue.weights() == {"b": 1, "a": 3}
+    assert {span.request for span in queue.next_unit(1000, 100)} == {1, 2}
+    assert queue.weights() == {}
+
+
+class Tenants(RuleBasedStateMachine):
+    """Several workspaces: whatever comes and goes, each sequence leaves once, and the counts are true."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.queue = PackingQueue()
+        self.waiting: dict[int, tuple[str, list[int]]] = {}
+        self.gone: dict[int, int] = {}
+        self.arrivals = 0
+
+    @rule(lengths=LENGTHS, workspace=st.sampled_from("abc"), weight=st.integers(1, 3))
+    def add(self, lengths: list[int], workspace: str, weight: int) -> None:
+        request, self.arrivals = self.arrivals, self.arrivals + 1
+        self.queue.add(request, lengths, share(workspace, weight))
+        if lengths:
+            self.waiting[request], self.gone[request] = (workspace, lengths), 0
+
+    @precondition(lambda self: self.waiting)
+    @rule(data=st.data())
+    def cancel(self, data: st.DataObject) -> None:
+        request = data.draw(st.sampled_from(sorted(self.waiting)))
+        self.queue.cancel(request)
+        del self.waiting[request], self.gone[request]
+
+    @rule(max_tokens=MAX_TOKENS, max_sequences=MAX_SEQUENCES)
+    def next_unit(self, max_tokens: int, max_sequences: int) -> None:
+        unit = self.queue.next_unit(max_tokens, max_sequences)
+        assert bool(unit) == bool(self.waiting)
+        sequences = sum(span.count for span in unit)
+        assert sequences <= max_sequences
+        assert sequences <= 1 or sum(tokens_of(it, self.waiting[it.request][1]) for it in unit) <= max_tokens
+        for span in unit:
+            assert span.first == self.gone[span.request]
+            self.gone[span.request] += span.count
+            if self.gone[span.request] == len(self.waiting[span.request][1]):
+                del self.waiting[span.request], self.gone[span.request]
+
+    @invariant()
+    def the_counters_are_true(self) -> None:
+        left = {request: lengths[self.gone[request] :] for request, (_, lengths) in self.waiting.items()}
+        assert self.queue.sequences == sum(map(len, left.values()))
+        assert self.queue.tokens == sum(map(sum, left.values()))
+        assert self.queue.weights().keys() == {workspace for workspace, _ in self.waiting.values()}
+        for workspace in "abc":
+            mine = [sum(left[request]) for request, (owner, _) in self.waiting.items() if owner == workspace]
+            assert self.queue.tokens_of(workspace) == sum(mine)
+
+
+Tenants.TestCase.settings = settings(max_examples=80, stateful_step_count=30, deadline=None)
+TestTenants = Tenants.TestCase
 
 
 def packed(lengths: list[int]) -> Packed:

@@ -27,7 +27,7 @@ from serve_app.core.catalog import ModelCard, SizeClass
 from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, nearest, shown
 from serve_app.core.idempotency import Begin, ClaimStep, Outcome
 from serve_app.core.keys import ApiKey, Plan, Workspace
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, Share
 from serve_app.core.schema import ModelState
 from serve_app.core.settings import IngressSettings
 from serve_app.core.truncation import Tokenized
@@ -116,8 +116,8 @@ class FakeModel:
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._tokenize(texts)
 
-    async def encode(self, packed: Packed) -> Encoded:
-        return await self.dispatcher.encode(packed)
+    async def encode(self, packed: Packed, share: Share) -> Encoded:
+        return await self.dispatcher.encode(packed, share)
 
     async def _really_tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await asyncio.to_thread(bundled_tokenizer(self.card.max_tokens), texts)
@@ -239,6 +239,7 @@ def service_over(
         Throttle(store, chosen.limits, now_us=lambda: 1000.0 * clock()),
         Books(store, clerk or DeskClerk(store), Blobs(folder), chosen),
         chosen.rates,
+        chosen.limits,
         now_ms=clock,
         request_timeout_s=chosen.request_timeout_s,
     )

@@ -246,6 +246,16 @@ def test_after_a_cut_at_any_byte_it_goes_on(tmp_path: Path, monkeypatch: pytest.
         check_output(job.out, texts)
 
 
+def test_a_line_cut_short_does_not_spoil_the_next(world: World, tmp_path: Path) -> None:
+    job = job_of(tmp_path, texts_of(20), concurrency=1)
+    stop_after(world, job, 2)
+    job.journal.write_bytes(job.journal.read_bytes()[:-9])
+    stop_after(world, job, 2)
+    assert world.do(job).resumed == 3
+    check_output(job.out, texts_of(20))
+    world.check_bill(texts_of(20))
+
+
 def test_a_cut_between_the_name_and_the_end(world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     job, texts = job_of(tmp_path, texts_of(8)), texts_of(8)
     publish = Output.publish

@@ -1,6 +1,7 @@
 """Bugs that are planted in the idempotency machine, one at a time, to see whether `model.py` notices.
 
-Each is written twice: as a changed rule of `core/idempotency.py`, for SQLite, and as a changed line of Lua, for Redis.
+Each is written twice: as a changed rule of `core/idempotency.py`, or a wrong sum, for SQLite, and as a changed line of
+Lua, for Redis.
 """
 
 from __future__ import annotations
@@ -12,9 +13,11 @@ from typing import Any
 
 import pytest
 
+from serve_app.core import caps
 from serve_app.core import idempotency as machine
 from serve_app.core.idempotency import Abandon, Begin, ClaimStep, Complete, Decision, Renew, Rule, Situation, State
-from serve_app.stores import redis_client, redis_scripts
+from serve_app.core.ledger import UsageEvent
+from serve_app.stores import redis_client, redis_scripts, sqlite
 from tests.stores.homes import Home
 from tests.stores.ledger import BrokenPromise
 from tests.stores.model import explore
@@ -29,6 +32,7 @@ class Mutant:
     script: str  # the name in `redis_scripts.py`
     line: str
     instead: str
+    picos: Callable[[UsageEvent], int] = caps.picos  # what SQLite counts for a bill
 
 
 def caught(mutant: Mutant, home: Home, *, seed: int) -> str | None:
@@ -48,6 +52,7 @@ def _planted(mutant: Mutant) -> Iterator[None]:
     bad = redis_scripts.Script(script.text.replace(mutant.line, mutant.instead))
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "RULES", mutant.rules)
+        patch.setattr(sqlite, "picos", mutant.picos)
         patch.setattr(redis_scripts, mutant.script, bad)
         patch.setattr(redis_client, "SCRIPTS", [bad if it is script else it for it in redis_scripts.SCRIPTS])
         yield
@@ -225,6 +230,14 @@ MUTANTS = (
         script="COMPLETE",
         line="drop(workspace, claim)\n  return {'capped'}",
         instead="drop(workspace, claim)\n  append(9)\n  return {'capped'}",
+    ),
+    Mutant(
+        name="a bill is counted twice against the cap",
+        rules=machine.RULES,
+        script="COMPLETE",
+        line="spend(month_of(at), ARGV[at + 5], ARGV[at + 6])",
+        instead="for _ = 1, 2 do spend(month_of(at), ARGV[at + 5], ARGV[at + 6]) end",
+        picos=lambda event: 2 * caps.picos(event),
     ),
     Mutant(
         name="what was reserved stays reserved",

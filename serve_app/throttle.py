@@ -29,6 +29,8 @@ ASK_S = 5.0  # a store that takes longer is as good as down
 QUEUE_US = (
     6_000_000  # refused calls are told to come back one after the other, up to so much later than the first could
 )
+HOLD_S = 1.0
+MOST_HELD_OF_A_KEY, MOST_HELD = 256, 1024  # of the 4,096 requests that an ingress works on at once
 MOST_KEYS = 10_000
 BATCH = 256  # keys in one question to the store
 
@@ -54,12 +56,17 @@ class _Meter:
     unsent: Cost = NOTHING
     sent: Cost = NOTHING  # part of a question that is not answered yet
     promised_us: list[float] = field(default_factory=lambda: [0.0, 0.0])  # to refused calls: when the last may come
+    held: int = 0  # refused calls that are not answered yet
 
     def buckets(self, now_us: float) -> Buckets:
         """As far as this ingress knows: others may have taken more, but never less."""
         passed_us = now_us - (self.told_us or 0.0)
         told = Buckets(*(max(0.0, left_us - passed_us) for left_us in self.told))
         return self.limit.taken(told, self.unsent.plus(self.sent))
+
+    def floods(self, now_us: float) -> bool:
+        """Whether more calls were refused than can be told a time of their own."""
+        return max(self.promised_us) >= now_us + QUEUE_US
 
     def may_decide_alone(self, now_us: float, cost: Cost, after: Buckets) -> bool:
         """Whether the limit is far, whatever the other ingresses have not reported yet."""
@@ -79,11 +86,19 @@ class Throttle:
     """The budgets of the keys that call at this ingress."""
 
     def __init__(
-        self, store: Store, limits: Limits, *, now_us: Callable[[], float] | None = None, report_s: float = REPORT_S
+        self,
+        store: Store,
+        limits: Limits,
+        *,
+        now_us: Callable[[], float] | None = None,
+        report_s: float = REPORT_S,
+        hold_s: float = HOLD_S,
     ) -> None:
         self._limits = limits
         self._now_us = now_us or _monotonic_us
         self._report_s = report_s
+        self._hold_s = hold_s
+        self._held = 0
         self._ask: Gather[Charge, Verdict] = Gather(store.charge, max_items=BATCH)
         self._meters: OrderedDict[str, _Meter] = OrderedDict()
         self._reporting: asyncio.Task[None] | None = None
@@ -128,16 +143,33 @@ class Throttle:
         await self.report()
 
     async def _take(self, caller: Caller, cost: Cost) -> None:
-        meter, now_us = self._meter(caller), self._now_us()
-        alone = decide(meter.buckets(now_us), Charge(key=caller.key.id, limit=meter.limit, cost=cost))
-        if not alone.admitted:  # the store would refuse it, too
-            raise self._refusal(meter, cost, alone)
-        if meter.may_decide_alone(now_us, cost, alone.buckets):
-            self._owe(meter, cost)
-            return
-        verdict = await self._ask_store(caller.key.id, meter, cost)
+        meter = self._meter(caller)
+        verdict = await self._decide(caller.key.id, meter, cost)
         if not verdict.admitted:
-            raise self._refusal(meter, cost, verdict)
+            decided_us = self._now_us()
+            await self._hold(meter)
+            raise self._refusal(meter, cost, verdict, decided_us)
+
+    async def _decide(self, key: str, meter: _Meter, cost: Cost) -> Verdict:
+        now_us = self._now_us()
+        alone = decide(meter.buckets(now_us), Charge(key=key, limit=meter.limit, cost=cost))
+        if alone.admitted and not meter.may_decide_alone(now_us, cost, alone.buckets):
+            return await self._ask_store(key, meter, cost)
+        if alone.admitted:
+            self._owe(meter, cost)
+        return alone  # what is refused here, the store would refuse, too
+
+    async def _hold(self, meter: _Meter) -> None:
+        """Who goes on asking, though told to wait, is answered slowly: refusals, too, cost the others time."""
+        if not self._hold_s or not meter.floods(self._now_us()):
+            return
+        if meter.held >= MOST_HELD_OF_A_KEY or self._held >= MOST_HELD:
+            return
+        meter.held, self._held = meter.held + 1, self._held + 1
+        try:
+            await asyncio.sleep(self._hold_s)
+        finally:
+            meter.held, self._held = meter.held - 1, self._held - 1
 
     async def _ask_store(self, key: str, meter: _Meter, cost: Cost) -> Verdict:
         owed, asked_us = meter.unsent, self._now_us()
@@ -169,10 +201,11 @@ class Throttle:
             self._reporting = None
         await self.report()
 
-    def _refusal(self, meter: _Meter, cost: Cost, verdict: Verdict) -> RateLimitExceeded:
+    def _refusal(self, meter: _Meter, cost: Cost, verdict: Verdict, decided_us: float) -> RateLimitExceeded:
         """Those that are refused together are told different times, in turn: else they would come back together."""
         which = max((0, 1), key=lambda bucket: verdict.wait[bucket])
-        now_us, wait_us = self._now_us(), verdict.wait[which]
+        now_us = self._now_us()
+        wait_us = max(0.0, verdict.wait[which] - (now_us - decided_us))
         budget = meter.limit.requests if which == 0 or meter.limit.tokens is None else meter.limit.tokens
         turn_us = min(max(now_us + wait_us, meter.promised_us[which]), now_us + wait_us + QUEUE_US)
         meter.promised_us[which] = turn_us + min(cost[which], budget.at_once) * budget.each_us

@@ -75,7 +75,7 @@ async def arrive(
     chance, counted = random.Random(seed), CountedStore(clock, store)
     limits = Limits(plans={plan: PlanLimits(requests_per_minute=per_minute) for plan in Plan if plan.has_keys})
     throttles = [
-        Throttle(counted, limits, now_us=lambda: 1000.0 * clock(), report_s=NEVER_S)  # type: ignore[arg-type]
+        Throttle(counted, limits, now_us=lambda: 1000.0 * clock(), report_s=NEVER_S, hold_s=0.0)  # type: ignore[arg-type]
         for _ in range(replicas)
     ]
     who, limit = caller(), Limit(requests=Budget(per_minute=per_minute))

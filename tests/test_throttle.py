@@ -37,8 +37,8 @@ def make(counted: CountedStore, clock: Clock) -> Make:
     return lambda: over(counted, clock)
 
 
-def over(store: object, clock: Clock, limits: Limits | None = None) -> Throttle:
-    return Throttle(store, limits or Limits(), now_us=lambda: 1000.0 * clock(), report_s=NEVER_S)  # type: ignore[arg-type]
+def over(store: object, clock: Clock, limits: Limits | None = None, hold_s: float = 0.0) -> Throttle:
+    return Throttle(store, limits or Limits(), now_us=lambda: 1000.0 * clock(), report_s=NEVER_S, hold_s=hold_s)  # type: ignore[arg-type]
 
 
 async def admitted(throttle: Throttle, who: Caller, times: int = 1) -> int:
@@ -198,6 +198,37 @@ async def test_a_new_limit_holds_at_once(counted: CountedStore, clock: Clock) ->
     assert await admitted(throttle, PRO, 60) == 50
     clock.tick(12)
     assert await admitted(throttle, caller(Plan.TEAM), 2) == 1
+    await throttle.close()
+
+
+async def test_who_does_not_wait_as_told_is_answered_slowly(counted: CountedStore, clock: Clock) -> None:
+    throttle = over(counted, clock, hold_s=NEVER_S)
+    await admitted(throttle, PRO, 50)
+    told = [asyncio.create_task(throttle.admit(PRO)) for _ in range(60)]
+    await asyncio.sleep(0.01)
+    assert [task.done() for task in told] == [True] * 49 + [False] * 11
+    assert all(isinstance(task.exception(), RateLimitExceeded) for task in told[:49])
+    for task in told[49:]:
+        task.cancel()
+    await asyncio.gather(*told[49:], return_exceptions=True)
+    clock.tick(120)
+    await throttle.admit(PRO)
+    assert (throttle._held, throttle._meters["key"].held) == (0, 0)
+    await throttle.close()
+
+
+async def test_no_more_are_held_than_there_is_room_for(
+    counted: CountedStore, clock: Clock, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("serve_app.throttle.MOST_HELD_OF_A_KEY", 5)
+    throttle = over(counted, clock, hold_s=NEVER_S)
+    await admitted(throttle, PRO, 50)
+    told = [asyncio.create_task(throttle.admit(PRO)) for _ in range(70)]
+    await asyncio.sleep(0.01)
+    assert sum(not task.done() for task in told) == 5
+    for task in told:
+        task.cancel()
+    await asyncio.gather(*told, return_exceptions=True)
     await throttle.close()
 
 

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import orjson
 import yaml
 
-from benchmark import BenchError, books, machine
+from benchmark import BenchError, books, machine, neighbours
 from benchmark.ceiling import Ceiling
 from benchmark.client import Route
 from benchmark.machine import Meter, trees
@@ -33,21 +33,24 @@ Starts the server itself on a free port, checks that it answers with the model's
 bulk imports (server and in-process ceiling in turn), single queries, and single queries beside a bulk import.
 Ends what it started. Leave the machine alone meanwhile: it says so if somebody did not.
 
-`scripts/bench books` measures what keys and bills cost instead.
+`scripts/bench books` measures what keys and bills cost instead, `scripts/bench neighbours` what a flood of one
+workspace does to the others.
 """
+OTHERS: dict[str, Any] = {"books": books, "neighbours": neighbours}
 FULL_ROUNDS, FULL_S = 3, 10.0
 QUICK_ROUNDS, QUICK_S = 1, 2.5
 
 
 def run(arguments: Sequence[str], root: Path) -> int:
     """The exit status: 0, or 1 when nothing could be measured or the answers were wrong."""
-    options = books.parse(arguments[1:]) if arguments[:1] == ["books"] else _parse(arguments, root)
+    other = OTHERS.get(arguments[0]) if arguments else None
+    options = other.parse(arguments[1:]) if other else _parse(arguments, root)
     # Said anew: background jobs of a script ignore SIGINT, the server would inherit that, and SIGINT is what ends it.
     signal.signal(signal.SIGINT, signal.default_int_handler)
     signal.signal(signal.SIGTERM, _terminated)
     try:
-        if arguments[:1] == ["books"]:
-            books.measure(options, root)
+        if other:
+            other.measure(options, root)
         else:
             _measure(options, root)
     except BenchError as error:

@@ -226,6 +226,7 @@ def service_over(
     clerk: Clerk | None = None,
     blobs: Path | None = None,
     clock: Clock = now_ms,
+    hold_s: float = 0.0,
     **settings: Any,
 ) -> Service:
     """A service on real books. settings: of the ingress."""
@@ -236,7 +237,7 @@ def service_over(
     return Service(
         models,
         Accounts(store, now_ms=clock, patience_s=chosen.patience_s),
-        Throttle(store, chosen.limits, now_us=lambda: 1000.0 * clock()),
+        Throttle(store, chosen.limits, now_us=lambda: 1000.0 * clock(), hold_s=hold_s),
         Books(store, clerk or DeskClerk(store), Blobs(folder), chosen),
         chosen.rates,
         chosen.limits,

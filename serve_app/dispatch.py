@@ -166,7 +166,9 @@ class Dispatcher:
         for queue in queues:
             weights |= queue.weights()
         part = self._max_pending_tokens * share.weight / sum(weights.values())
-        return len(weights) > 1 and sum(queue.tokens_of(share.workspace) for queue in queues) + packed.tokens <= part
+        if len(weights) == 1 or sum(queue.tokens for queue in queues) + packed.tokens > 2 * self._max_pending_tokens:
+            return False
+        return sum(queue.tokens_of(share.workspace) for queue in queues) + packed.tokens <= part
 
     def _leave(self, lane: _Lane, request: int) -> None:
         """Answered, failed or given up: nothing of this request is worth a place at a replica any more."""

@@ -26,9 +26,7 @@ SLACK = 16  # the part of a burst that one ingress may have admitted unreported
 NEAR = 2  # at half of a burst the store is asked first
 KNOWN_US = 4_000_000  # what the store said is too old to go by after that, as a key is in `accounts.py`
 ASK_S = 5.0  # a store that takes longer is as good as down
-QUEUE_US = (
-    6_000_000  # refused calls are told to come back one after the other, up to so much later than the first could
-)
+QUEUE_US = 12_000_000  # refused calls are told to come back in turn, up to so much later than the first could
 HOLD_S = 1.0
 MOST_HELD_OF_A_KEY, MOST_HELD = 256, 1024  # of the 4,096 requests that an ingress works on at once
 MOST_KEYS = 10_000

@@ -595,3 +595,18 @@ async def test_a_heavier_workspace_has_a_larger_part_of_a_full_queue() -> None:
     assert not heavy.done()
     replica.release()
     await asyncio.gather(*blockers, flood, heavy)
+
+
+async def test_however_many_come_late_no_more_than_twice_as_much_waits() -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica, max_pending_tokens=10 * LONG)
+    replica.hold()
+    tasks = await filled_up(dispatch)
+    tasks += [start(dispatch.encode(request(100, *[LONG] * 10), of("flood")))]
+    for number in range(20):
+        tasks += [start(dispatch.encode(request(200, *[LONG]), of(f"late-{number}", weight=10**number)))]
+    await settle()
+    assert sum(lane.queue.tokens for lane in dispatch._lanes.values()) <= 20 * LONG
+    replica.release()
+    results = await asyncio.gather(*tasks, return_exceptions=True)
+    assert sum(isinstance(result, AtCapacity) for result in results) == 10

@@ -52,8 +52,9 @@ class Accounts:
 
     async def authenticate(self, authorization: str | None) -> Caller:
         """The caller that an `Authorization` header names. Raises InvalidAPIKey, StoreUnavailable."""
-        text, now_ms = keys.bearer(authorization), self._now_ms()
+        text = keys.bearer(authorization)
         caller = await self._find(keys.digest(text)) if text else None
+        now_ms = self._now_ms()  # not before: the look-up may have taken as long as the key was still to live
         if caller is None or not caller.key.valid_at(now_ms):
             raise InvalidAPIKey(REFUSAL)
         self._uses.note(caller.key.id, now_ms)

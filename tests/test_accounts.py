@@ -154,6 +154,20 @@ async def test_an_answer_that_took_too_long_is_not_gone_by(
     assert counted.asked == 2
 
 
+async def test_a_key_that_expires_while_it_is_looked_up_is_refused(counted: Counted, store: Store) -> None:
+    now_ms = NOW_MS
+
+    async def wait() -> None:
+        nonlocal now_ms
+        now_ms += 1000
+
+    counted.before = wait
+    await store.put_key(dataclasses.replace(KEY, expires_ms=NOW_MS + 500))
+    known = Accounts(counted, now_ms=lambda: now_ms, patience_s=30)  # type: ignore[arg-type]
+    with pytest.raises(InvalidAPIKey):
+        await known.authenticate(f"Bearer {TEXT}")
+
+
 async def test_many_that_come_at_once_are_one_question(known: Accounts, counted: Counted) -> None:
     callers = await asyncio.gather(*(known.authenticate(f"Bearer {TEXT}") for _ in range(50)))
     assert counted.asked == 1

@@ -187,8 +187,8 @@ class PackingQueue:
 
     def _fill(self, unit: _Unit) -> None:
         """What room is left goes to what fits, which is charged for it, and to nobody's place in turn."""
-        waiting = (request for tenant in [*self._round] for request in [*tenant.turns])
-        for request in itertools.islice(waiting, LOOKED_AT):
+        waiting = (request for tenant in self._round for request in tenant.turns)
+        for request in [*itertools.islice(waiting, LOOKED_AT)]:
             while request in self._pending and unit.has_room and self._take(unit, request):
                 pass
 

@@ -299,7 +299,8 @@ class SqliteStore:
         before = _record(row) if row else None
         holdings = _holdings(db, step.workspace, expired=before, now_ms=now_ms)
         event, cap_micros = (step.event, step.cap_micros) if isinstance(step, Complete) else (None, None)
-        decision = decide(before, step, now_ms, holdings, _spent(db, event) if event else 0)
+        spent = _spent(db, event) if event is not None and cap_micros is not None else 0
+        decision = decide(before, step, now_ms, holdings, spent)
         if more and isinstance(decision.outcome, OverQuota):
             return self._step(db, step)  # what has expired must not count against anybody
         if decision.record is None:
@@ -377,8 +378,8 @@ def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection],
 
 
 def _emit(db: sqlite3.Connection, step: Emit) -> Outcome:
-    if is_capped(step.cap_micros, _spent(db, step.event)) and not _is_there(db, step.event.id):
-        return Capped()
+    if step.cap_micros is not None and is_capped(step.cap_micros, _spent(db, step.event)):
+        return Capped() if not _is_there(db, step.event.id) else Emitted(new=False)
     return Emitted(new=_append(db, step.event, step.cap_micros))
 
 

@@ -157,8 +157,14 @@ def test_no_config_is_a_finding_among_others(run: Run, tmp_path: Path, sqlite_ur
     ],
 )
 def test_the_store_is_the_one_that_the_service_would_use(
-    tmp_path: Path, words: tuple[str, ...], said: str, variable: str, expected: str
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    words: tuple[str, ...],
+    said: str,
+    variable: str,
+    expected: str,
 ) -> None:
+    monkeypatch.chdir(tmp_path)  # the default is below the working directory, and a checkout that was served has one
     path = write(tmp_path, args={part: {"store": said} for part in PARTS})
     here = replace(FIT, environment={"SERVE_APP_STORE": variable})
     found = doctor.examine(path, words[1] if words else None, here)

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import orjson
 import yaml
 
-from benchmark import BenchError, books, bulk, machine, neighbours
+from benchmark import BenchError, books, bulk, machine, neighbours, revocation
 from benchmark.ceiling import Ceiling
 from benchmark.client import Route
 from benchmark.machine import Meter, trees
@@ -34,9 +34,10 @@ bulk imports (server and in-process ceiling in turn), single queries, and single
 Ends what it started. Leave the machine alone meanwhile: it says so if somebody did not.
 
 `scripts/bench books` measures what keys and bills cost instead, `scripts/bench neighbours` what a flood of one
-workspace does to the others, `scripts/bench bulk` kills `serve-app embed` and measures it.
+workspace does to the others, `scripts/bench bulk` kills `serve-app embed` and measures it, `scripts/bench revocation`
+how long a revoked key goes on working.
 """
-OTHERS: dict[str, Any] = {"books": books, "bulk": bulk, "neighbours": neighbours}
+OTHERS: dict[str, Any] = {"books": books, "bulk": bulk, "neighbours": neighbours, "revocation": revocation}
 FULL_ROUNDS, FULL_S = 3, 10.0
 QUICK_ROUNDS, QUICK_S = 1, 2.5
 

@@ -1,8 +1,8 @@
 """How long a revoked key goes on working: three ingress replicas behind the proxy, each with what it remembers.
 
-A key is used until every replica knows it, and on for as long as chance will have it, for what a replica knows may be of
-now or seconds old; it is revoked in the store, and used on, each time over a new connection, longer than any replica may
-remember.
+A key is used until every replica knows it, and on for as long as chance will have it: what a replica knows may be new
+or seconds old. Then it is revoked in the store, and used on for longer than any replica may remember, each time over a
+new connection.
 """
 
 from __future__ import annotations

@@ -21,12 +21,11 @@ import tokenizers
 import torch
 import transformers
 from sentence_transformers import SentenceTransformer
-from tokenizers import models, normalizers, pre_tokenizers, trainers
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
 VOCABULARY = 600  # entries: room for every letter and a few hundred syllables
-INITIALIZER_RANGE = 0.25  # ten times the usual: untrained weights must still tell one position or pooling from another
 SYLLABLES = ("ba", "ce", "di", "fo", "gu", "la", "me", "ni", "po", "ru", "sa", "te", "vi")
 WORDS = ["".join(pair) for pair in itertools.product(SYLLABLES, repeat=2)]
 
@@ -41,8 +40,9 @@ class Architecture:
     """How one kind is configured, and which tokenizer its checkpoints bring."""
 
     sizes: Callable[[int, int], dict[str, Any]]  # (width, positions) -> what its configuration calls them
-    positions_before_text: int  # RoBERTa and its kin count from padding_idx + 1
     tokenizer: Callable[[Sequence[str], int], Any]
+    positions_before_text: int = 0  # RoBERTa and its kin count from padding_idx + 1
+    weights: float = 0.25  # spread: ten times the usual, for untrained weights must still tell positions apart
 
 
 def make_checkpoint(
@@ -62,8 +62,10 @@ def make_checkpoint(
     config = transformers.AutoConfig.for_model(
         architecture,
         vocab_size=len(tokenizer),
-        initializer_range=INITIALIZER_RANGE,
+        initializer_range=kind.weights,
         pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
         **kind.sizes(dimensions, context + kind.positions_before_text),
     )
     with torch.random.fork_rng(devices=[]):
@@ -120,18 +122,48 @@ def _word_piece(kind: type[Any], special: Sequence[str]) -> Callable[[Sequence[s
 
 
 def _byte_level(corpus: Sequence[str], context: int) -> Any:
+    model = _byte_pairs(corpus, ["<s>", "<pad>", "</s>", "<unk>", "<mask>"])
+    merges = [tuple(merge) for merge in model["merges"]]
+    return transformers.RobertaTokenizer(vocab=model["vocab"], merges=merges, model_max_length=context)
+
+
+def _byte_pairs(corpus: Sequence[str], special: list[str]) -> dict[str, Any]:
     tokenizer = tokenizers.Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     trainer = trainers.BpeTrainer(
         vocab_size=VOCABULARY,
-        special_tokens=["<s>", "<pad>", "</s>", "<unk>", "<mask>"],
+        special_tokens=special,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(corpus, trainer)
-    model = _model(tokenizer)
-    merges = [tuple(merge) for merge in model["merges"]]
-    return transformers.RobertaTokenizer(vocab=model["vocab"], merges=merges, model_max_length=context)
+    return _model(tokenizer)
+
+
+def _framed(first: str, last: str, pad: str, *, padding_side: str) -> Callable[[Sequence[str], int], Any]:
+    """Byte pairs between a first and a last token, as the newer models have it: `first` may be nothing."""
+
+    def train(corpus: Sequence[str], context: int) -> Any:
+        special = sorted({token for token in (first, last, pad) if token})
+        model = _byte_pairs(corpus, special)
+        merges = [tuple(merge) for merge in model["merges"]]
+        tokenizer = tokenizers.Tokenizer(models.BPE(vocab=model["vocab"], merges=merges))
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{first} $A {last}".strip(),
+            pair=f"{first} $A {last} $B:1 {last}:1".strip(),
+            special_tokens=[(token, model["vocab"][token]) for token in special],
+        )
+        return transformers.PreTrainedTokenizerFast(
+            tokenizer_object=tokenizer,
+            bos_token=first or None,
+            eos_token=last,
+            pad_token=pad,
+            padding_side=padding_side,
+            model_max_length=context,
+        )
+
+    return train
 
 
 def _unigram(corpus: Sequence[str], context: int) -> Any:
@@ -177,27 +209,50 @@ def _distilbert_sizes(width: int, positions: int) -> dict[str, Any]:
     }
 
 
+def _modern_sizes(width: int, positions: int) -> dict[str, Any]:
+    """A layer that sees everything, two that see 16 tokens either side, and one of the former again."""
+    unused = {"cls_token_id": None, "sep_token_id": None}
+    return {**_bert_sizes(width, positions), "num_hidden_layers": 4, "local_attention": 32, **unused}
+
+
+def _decoder_sizes(width: int, positions: int) -> dict[str, Any]:
+    """Two query heads share a key head."""
+    heads = width // 16
+    return {**_bert_sizes(width, positions), "num_key_value_heads": heads // 2, "head_dim": 16}
+
+
+def _mistral_sizes(width: int, positions: int) -> dict[str, Any]:
+    return {**_decoder_sizes(width, positions), "sliding_window": positions // 4}
+
+
 _ALPHABET = "abcdefghijklmnopqrstuvwxyz0123456789.,!?-'"
 _BERT_SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _MPNET_SPECIAL = ("<s>", "<pad>", "</s>", "[UNK]", "<mask>")
+_BERT_PIECES = _word_piece(transformers.BertTokenizer, _BERT_SPECIAL)
 ARCHITECTURES = {
-    "bert": Architecture(
-        sizes=_bert_sizes,
-        positions_before_text=0,
-        tokenizer=_word_piece(transformers.BertTokenizer, _BERT_SPECIAL),
-    ),
+    "bert": Architecture(sizes=_bert_sizes, tokenizer=_BERT_PIECES),
     "distilbert": Architecture(
-        sizes=_distilbert_sizes,
-        positions_before_text=0,
-        tokenizer=_word_piece(transformers.DistilBertTokenizer, _BERT_SPECIAL),
+        sizes=_distilbert_sizes, tokenizer=_word_piece(transformers.DistilBertTokenizer, _BERT_SPECIAL)
     ),
+    "gte": Architecture(sizes=_bert_sizes, tokenizer=_unigram),
+    "mistral": Architecture(
+        sizes=_mistral_sizes, tokenizer=_framed("<s>", "</s>", "<pad>", padding_side="left"), weights=0.12
+    ),
+    "modernbert": Architecture(sizes=_modern_sizes, tokenizer=_framed("[CLS]", "[SEP]", "[PAD]", padding_side="right")),
     "mpnet": Architecture(
         sizes=_bert_sizes,
-        positions_before_text=2,
         tokenizer=_word_piece(transformers.MPNetTokenizer, _MPNET_SPECIAL),
+        positions_before_text=2,
     ),
-    "roberta": Architecture(sizes=_bert_sizes, positions_before_text=2, tokenizer=_byte_level),
-    "xlm-roberta": Architecture(sizes=_bert_sizes, positions_before_text=2, tokenizer=_unigram),
+    "nomic_bert": Architecture(sizes=_bert_sizes, tokenizer=_BERT_PIECES),
+    "qwen2": Architecture(
+        sizes=_decoder_sizes, tokenizer=_framed("", "<|endoftext|>", "<|endoftext|>", padding_side="left")
+    ),
+    "qwen3": Architecture(
+        sizes=_decoder_sizes, tokenizer=_framed("", "<|endoftext|>", "<|endoftext|>", padding_side="left")
+    ),
+    "roberta": Architecture(sizes=_bert_sizes, tokenizer=_byte_level, positions_before_text=2),
+    "xlm-roberta": Architecture(sizes=_bert_sizes, tokenizer=_unigram, positions_before_text=2),
 }
 
 

@@ -98,6 +98,7 @@ def _open(folder: Path, device: str, dtype: torch.dtype, *, trust_remote_code: b
         trust_remote_code=trust_remote_code,
         model_kwargs={"use_safetensors": True, "dtype": dtype},
     )
+    model[0].auto_model.config.use_cache = False  # a decoder would keep keys and values that nobody reads
     for head in list(model)[1:]:
         head.float()
     return model.eval()

@@ -8,7 +8,7 @@ model's own sentence-transformers modules, run over the same buckets.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -35,6 +35,26 @@ class Bucket:
     tokens: int
     index: torch.Tensor
     real: torch.Tensor | None  # [count, padded], None if nothing is padded
+    _seen: dict[tuple[bool, int | None], torch.Tensor | None] = field(default_factory=dict)
+
+    def seen(self, *, causal: bool, window: int | None) -> torch.Tensor | None:
+        """What each token attends to: bool, broadcast to [count, heads, padded, padded]. None = all, or all before it.
+
+        window: only tokens nearer than that. Pads come last, so where tokens look back alone, none sees one.
+        """
+        window = None if window is None or window >= self.index.shape[1] else window
+        if (causal, window) not in self._seen:  # layers of a kind share it
+            self._seen[causal, window] = self._mask(causal=causal, window=window)
+        return self._seen[causal, window]
+
+    def _mask(self, *, causal: bool, window: int | None) -> torch.Tensor | None:
+        real = None if self.real is None or causal else self.real[:, None, None, :]
+        if window is None:
+            return real
+        at = torch.arange(self.index.shape[1], device=self.index.device)
+        back = at[:, None] - at
+        near = (back >= 0) & (back < window) if causal else back.abs() < window
+        return near if real is None else near & real
 
 
 def packed_attention(
@@ -50,23 +70,30 @@ def packed_attention(
     **_: Any,
 ) -> tuple[torch.Tensor, None]:
     """Attention inside each sequence. query, key, value: [1, heads, tokens, width] -> [1, tokens, heads, width]."""
-    if sliding_window is not None:
-        raise ValueError("this layer sees a window of its sequence only, which is not written here")
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
-    causal = bool(getattr(module, "is_causal", False))
+    causal = is_causal(module)
     context = torch.zeros_like(rows[0])
     for bucket in buckets:
         q, k, v = (x[bucket.index].transpose(1, 2) for x in rows)
-        seen = (
-            None if bucket.real is None or causal else bucket.real[:, None, None, :]
-        )  # pads come last: causal hides them
+        seen = bucket.seen(causal=causal, window=sliding_window)
         attended = functional.scaled_dot_product_attention(
-            q, k, v, attn_mask=seen, is_causal=causal, scale=scaling, enable_gqa=q.shape[1] != k.shape[1]
+            q,
+            k,
+            v,
+            attn_mask=seen,
+            is_causal=causal and seen is None,
+            scale=scaling,
+            enable_gqa=q.shape[1] != k.shape[1],
         ).transpose(1, 2)
         context[bucket.start : bucket.start + bucket.tokens] = (
             attended.flatten(0, 1) if bucket.real is None else attended[bucket.real]
         )
     return context[None], None
+
+
+def is_causal(layer: torch.nn.Module) -> bool:
+    """Whether its tokens see only those before them. A configuration may make an encoder of what was a decoder."""
+    return bool(getattr(layer, "is_causal", False)) and getattr(layer.config, "is_causal", True) is not False
 
 
 AttentionInterface.register(ATTENTION, packed_attention)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -19,8 +20,8 @@ import torch
 from serve_app.core.catalog import ModelSpec
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import Encoder, loading, open_encoder
-from serve_app.encoders.packed import PackedForward
+from serve_app.encoders import Encoder, loading, open_encoder, packed
+from serve_app.encoders.packed import Bucket, PackedForward
 from serve_app.encoders.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint, prose, reference, set_pooling
 
@@ -32,6 +33,13 @@ CHECKPOINTS = {
     "distilbert-mean": ("distilbert", "mean"),
     "roberta-mean": ("roberta", "mean"),
     "xlm-roberta-mean": ("xlm-roberta", "mean"),
+    "xlm-roberta-cls": ("xlm-roberta", "cls"),
+    "gte-cls": ("gte", "cls"),
+    "nomic-mean": ("nomic_bert", "mean"),
+    "modernbert-mean": ("modernbert", "mean"),
+    "mistral-lasttoken": ("mistral", "lasttoken"),
+    "qwen2-lasttoken": ("qwen2", "lasttoken"),
+    "qwen3-lasttoken": ("qwen3", "lasttoken"),
     "mpnet-mean": ("mpnet", "mean"),
 }
 PADDED = {"mpnet-mean"}  # no pluggable attention
@@ -184,7 +192,17 @@ def test_rows_come_in_the_order_of_the_texts(subjects: Subjects, model: str, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("model", [BUNDLED, "bert-mean", "xlm-roberta-mean", "mpnet-mean"])
+@pytest.mark.parametrize("model", EVERY_MODEL)
+def test_batches_of_every_size_agree_with_sentence_transformers(subjects: Subjects, model: str, dtype: str) -> None:
+    subject = subjects.open(model, dtype)
+    order = np.resize(np.random.default_rng(5).permutation(len(TEXTS)), 64)
+    for size in (2, 5, 16, 64):
+        rows = [subject.encode([TEXTS[at] for at in order[first : first + size]]) for first in range(0, 64, size)]
+        assert worst(np.concatenate(rows), subject.expected[order]) >= least_cosine(dtype, model)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", [BUNDLED, "bert-mean", "xlm-roberta-mean", "mistral-lasttoken", "mpnet-mean"])
 def test_a_vector_is_the_same_whatever_shares_the_batch(subjects: Subjects, model: str, dtype: str) -> None:
     subject = subjects.open(model, dtype)
     in_threes = np.concatenate([subject.encode(TEXTS[first : first + 3]) for first in range(0, len(TEXTS), 3)])
@@ -245,12 +263,12 @@ def test_only_what_cannot_be_packed_is_served_padded_and_says_so(subjects: Subje
         assert warnings == ""
 
 
-@pytest.mark.parametrize("model", ["bert-mean", "bert-cls", "xlm-roberta-mean"])
+@pytest.mark.parametrize("model", [name for name in CHECKPOINTS if name not in PADDED])
 def test_a_wrong_pooling_fails_the_parity_check(subjects: Subjects, model: str, tmp_path: Path) -> None:
     right = subjects.open(model, "float32")
     copy = tmp_path / "copy"
     shutil.copytree(subjects.folder(model), copy)
-    wrong = "mean" if model == "bert-cls" else "cls"
+    wrong = "cls" if CHECKPOINTS[model][1] == "mean" else "mean"
     set_pooling(copy, wrong, dimensions=right.encoder.card.native_dimensions)
     mistaken = opened(str(copy), "float32").encode(right.tokenizer(TEXTS).packed)
     assert worst(mistaken, right.expected) < least_cosine("bfloat16", "any")
@@ -265,21 +283,63 @@ def test_a_dense_layer_after_pooling_is_part_of_the_model(tmp_path: Path) -> Non
     expected = judge.encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
     encoder = opened(str(tmp_path / "projected"), "float32")
     assert encoder.card.native_dimensions == 24
-    packed = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS).packed
-    assert worst(encoder.encode(packed), expected) >= 0.999999
+    tokenized = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS)
+    assert worst(encoder.encode(tokenized.packed), expected) >= 0.999999
 
 
-def test_a_packed_forward_that_disagrees_is_not_used(
-    subjects: Subjects, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
-) -> None:
+def test_a_decoder_that_its_files_make_an_encoder_looks_both_ways(tmp_path: Path) -> None:
+    folder = make_checkpoint(tmp_path / "both-ways", "qwen2", pooling="mean")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+    expected = reference(folder).encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+    encoder = opened(str(folder), "float32")
+    tokenized = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS)
+    assert worst(encoder.encode(tokenized.packed), expected) >= 0.999999
+
+
+def reads_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mistaken(PackedForward):
-        """Reads the tokens backwards."""
-
         def __call__(self, packed: Packed) -> Vectors:
             return super().__call__(Packed(ids=packed.ids[::-1].copy(), lengths=packed.lengths))
 
-    right = subjects.open("bert-mean", "float32")
     monkeypatch.setattr(loading, "PackedForward", Mistaken)
-    encoder = opened(str(subjects.folder("bert-mean")), "float32")
+
+
+def looks_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(packed, "is_causal", lambda layer: False)
+
+
+def sees_beyond_its_window(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = Bucket.seen
+    monkeypatch.setattr(Bucket, "seen", lambda bucket, *, causal, window: right(bucket, causal=causal, window=None))
+
+
+def counts_positions_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(PackedForward, "_positions", lambda forward, ids, lengths, offsets: np.arange(len(ids)) % 100)
+
+
+@pytest.mark.parametrize(
+    ("model", "bug"),
+    [
+        ("bert-mean", reads_backwards),
+        ("bert-mean", counts_positions_on),
+        ("nomic-mean", reads_backwards),
+        ("modernbert-mean", sees_beyond_its_window),
+        ("mistral-lasttoken", sees_beyond_its_window),
+        ("mistral-lasttoken", looks_ahead),
+        ("qwen2-lasttoken", looks_ahead),
+        ("qwen3-lasttoken", looks_ahead),
+    ],
+)
+def test_a_packed_forward_that_disagrees_is_not_used(
+    subjects: Subjects,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    model: str,
+    bug: Callable[[pytest.MonkeyPatch], None],
+) -> None:
+    right = subjects.open(model, "float32")
+    bug(monkeypatch)
+    encoder = opened(str(subjects.folder(model)), "float32")
     assert "serving padded batches" in caplog.text
     assert worst(encoder.encode(right.tokenizer(TEXTS).packed), right.expected) >= 0.999999

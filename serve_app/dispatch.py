@@ -1,8 +1,8 @@
 """From requests to units of work and back: keeps each model's pending sequences and ships them to its replicas.
 
 At most `UNITS_PER_REPLICA` units of a lane are under way for each replica: enough that no replica idles, few enough
-that who goes next is decided here, in turns; and smaller ones while workspaces get in each other's way. What a unit
-holds, `core/packing.py` decides; `send` is the only way out.
+that who goes next is decided here, in turns; and smaller express ones while workspaces get in each other's way. What a
+unit holds, `core/packing.py` decides; `send` is the only way out.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from serve_app.core.vectors import Vectors
 
 UNITS_PER_REPLICA = 2  # one being computed, one waiting at the replica's door
 EXPRESS_TOKENS = 256  # a request this short travels in the express lane: beside bulk work, not behind it
-CROWD = 8  # a unit is so much smaller while another workspace's short requests would have to wait behind it
+CROWD = 8  # an express unit is so much smaller while several workspaces send short requests
 CROWD_S = 1.0  # for how long after the last of them
 RATE_HALF_LIFE_S = 10.0  # of the measured tokens per second, which `Retry-After` is made from
 
@@ -191,8 +191,8 @@ class Dispatcher:
             self._rate.departed(time.perf_counter())
 
     def _size(self, lane: _Lane) -> int:
-        """Tokens of the next unit: what is being computed, nobody can overtake."""
-        crowded = self._crowd.beside(lane.queue.weights().keys(), time.perf_counter())
+        """Tokens of the next unit: what is being computed, nobody of its lane can overtake."""
+        crowded = lane.express and self._crowd.beside(lane.queue.weights().keys(), time.perf_counter())
         return max(1, self._unit_tokens // CROWD) if crowded else self._unit_tokens
 
     def _next(self, lane: _Lane, done: asyncio.Task[None]) -> None:
@@ -253,11 +253,11 @@ class _Crowd:
         self._came_s.pop(workspace, None)
         self._came_s[workspace] = now_s
 
-    def beside(self, workspaces: Collection[str], now_s: float) -> bool:
-        """Whether there is one besides those that wait, or several wait."""
+    def beside(self, waiting: Collection[str], now_s: float) -> bool:
+        """Whether, with those whose requests wait, they are several."""
         while self._came_s and now_s - self._came_s[oldest := next(iter(self._came_s))] > CROWD_S:
             del self._came_s[oldest]
-        return bool(self._came_s) and len(self._came_s.keys() | set(workspaces)) > 1
+        return len(self._came_s.keys() | set(waiting)) > 1
 
 
 class _Rate:

@@ -522,24 +522,50 @@ def of(workspace: str, weight: int = 1) -> Share:
     return Share(workspace=workspace, weight=weight)
 
 
-async def test_units_are_full_while_a_workspace_is_alone_and_small_beside_anothers_short_requests(
+async def test_express_units_are_full_while_a_workspace_is_alone_and_small_beside_anothers_short_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock_s = 100.0
     monkeypatch.setattr("serve_app.dispatch.time.perf_counter", lambda: clock_s)
     replica = Replica()
+    dispatch = dispatcher(replica, unit_tokens=CROWD * 40)
+
+    async def most_in_a_unit() -> int:
+        """Of 64 short requests that come at once, 20 tokens each."""
+        replica.units.clear()
+        await asyncio.gather(*(dispatch.encode(request(100, 20), of("flood")) for _ in range(64)))
+        return max(len(unit.packed.lengths) for unit in replica.units)
+
+    assert await most_in_a_unit() == CROWD * 2, "its own short requests crowd nobody"
+    await dispatch.encode(request(1, 5), of("polite"))
+    assert await most_in_a_unit() == 2
+    clock_s += CROWD_S + 0.01
+    assert await most_in_a_unit() == CROWD * 2
+
+
+async def test_express_units_are_small_while_two_workspaces_wait_however_long_ago_they_came(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    clock_s = 100.0
+    monkeypatch.setattr("serve_app.dispatch.time.perf_counter", lambda: clock_s)
+    replica = Replica()
+    dispatch = dispatcher(replica, unit_tokens=CROWD * 40)
+    replica.hold(express=True)
+    tasks = [start(dispatch.encode(request(100, 20), of(f"ws-{number % 2}"))) for number in range(40)]
+    await settle()
+    clock_s += CROWD_S + 0.01
+    replica.release(express=True)
+    await asyncio.gather(*tasks)
+    assert max(len(unit.packed.lengths) for unit in replica.units) == 2
+
+
+async def test_bulk_units_are_full_whoever_sends_short_requests() -> None:
+    """Short requests have a thread of their own at the replica: nobody waits behind a bulk unit but bulk work."""
+    replica = Replica()
     dispatch = dispatcher(replica, unit_tokens=8 * LONG)
-    await dispatch.encode(request(1, 5), of("flood"))
-    await dispatch.encode(request(100, *[LONG] * 16), of("flood"))
-    assert max(len(unit.packed.lengths) for unit in replica.units) == 8, "its own short requests crowd nobody"
-    replica.units.clear()
     await dispatch.encode(request(1, 5), of("polite"))
     await dispatch.encode(request(100, *[LONG] * 16), of("flood"))
-    assert [len(unit.packed.lengths) for unit in replica.units] == [1] * 17
-    replica.units.clear()
-    clock_s += CROWD_S + 0.01
-    await dispatch.encode(request(100, *[LONG] * 16), of("flood"))
-    assert max(len(unit.packed.lengths) for unit in replica.units) == 8
+    assert [len(unit.packed.lengths) for unit in replica.units if not unit.express] == [8, 8]
 
 
 async def test_a_polite_request_waits_for_what_is_under_way_and_no_longer() -> None:

@@ -1,8 +1,8 @@
 """The encoder replica: one model on one device, fed with units of packed tokens.
 
-The forward pass has a thread of its own, so that health checks and arriving units never wait for it. A batch that fails
-is taken apart and retried once; only what fails alone, fails. A batch loop that is dead or stuck makes the replica
-unhealthy, and Serve replaces it.
+The forward pass of each lane has a thread of its own: a short request is computed beside bulk work, not behind it, and
+health checks wait for neither. A batch that fails is taken apart and retried once; only what fails alone, fails. A
+batch loop that is dead or stuck makes the replica unhealthy, and Serve replaces it.
 """
 
 from __future__ import annotations
@@ -49,8 +49,11 @@ class EncoderReplica:
 
     def __init__(self, spec: ModelSpec) -> None:
         self._encoder: Encoder = open_encoder(spec)
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="forward")
-        self._gate = Gate(self._batched, max_tokens=self._encoder.card.unit_tokens)
+        # By lane, as in dispatch.py: express or not. @serve.batch keeps one queue a method, so each lane has its own.
+        self._threads = {express: ThreadPoolExecutor(1, thread_name_prefix="forward") for express in (True, False)}
+        self._batched = {True: self._express_batch, False: self._bulk_batch}
+        most = self._encoder.card.unit_tokens
+        self._gates = {express: Gate(run, max_tokens=most) for express, run in self._batched.items()}
 
     async def describe(self) -> Description:
         return Description(card=self._encoder.card, tokenizer_json=self._encoder.tokenizer_json)
@@ -62,19 +65,26 @@ class EncoderReplica:
         """One unit's rows. Raises OtherFingerprint, or whatever the unit does to the model even when alone."""
         if unit.fingerprint != self._encoder.card.fingerprint:
             raise OtherFingerprint(self._encoder.card.fingerprint)
-        return await self._gate.submit(unit)
+        return await self._gates[unit.express].submit(unit)
 
     async def check_health(self) -> None:
-        if self._gate.busy_s() > STUCK_S:
-            raise RuntimeError(f"a batch has been running for more than {STUCK_S:g} s")
-        if self._gate.busy_s() and not await self._batched._is_batching_task_alive():
-            raise RuntimeError("the batch loop is dead")
+        for express, gate in self._gates.items():
+            if gate.busy_s() > STUCK_S:
+                raise RuntimeError(f"a batch has been running for more than {STUCK_S:g} s")
+            if gate.busy_s() and not await self._batched[express]._is_batching_task_alive():
+                raise RuntimeError("the batch loop is dead")
 
     @serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator]
-    async def _batched(self, units: list[Unit]) -> list[UnitReply | Exception]:
+    async def _express_batch(self, units: list[Unit]) -> list[UnitReply | Exception]:
+        return await self._forward(self._threads[True], units)
+
+    @serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator]
+    async def _bulk_batch(self, units: list[Unit]) -> list[UnitReply | Exception]:
+        return await self._forward(self._threads[False], units)
+
+    async def _forward(self, thread: ThreadPoolExecutor, units: list[Unit]) -> list[UnitReply | Exception]:
         """One batch. Exceptions are returned, not raised: a raised one would fail every unit of the batch."""
-        loop = asyncio.get_running_loop()
-        return await loop.run_in_executor(self._thread, encode_units, self._encoder.encode, units)
+        return await asyncio.get_running_loop().run_in_executor(thread, encode_units, self._encoder.encode, units)
 
 
 def encode_units(encode: Encode, units: list[Unit]) -> list[UnitReply | Exception]:

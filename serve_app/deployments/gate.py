@@ -1,8 +1,8 @@
-"""In front of `@serve.batch`: holds units while the device is busy, and releases a batch when it is free.
+"""In front of `@serve.batch`: holds the units of one lane while a batch of it runs, and releases the next after it.
 
 `@serve.batch` alone forms batches by a timer: it collects nothing while a batch runs, and makes an idle caller wait.
 With a wait of zero behind this gate its batches are what came in meanwhile, up to a token budget, and a lone unit goes
-straight through. Express units go first, but never twice in a row while others wait.
+straight through.
 """
 
 from __future__ import annotations
@@ -23,13 +23,12 @@ class _Waiting:
 
 
 class Gate:
-    """One per replica. `run` is the `@serve.batch` method: one call a unit, and calls of one tick are one batch."""
+    """One a lane and replica. `run` is its `@serve.batch` method: one call a unit; calls of one tick are one batch."""
 
     def __init__(self, run: Callable[[Unit], Awaitable[UnitReply | Exception]], *, max_tokens: int) -> None:
         self._run = run
         self._max_tokens = max_tokens
-        self._lanes: dict[bool, deque[_Waiting]] = {True: deque(), False: deque()}
-        self._last_was_express = False
+        self._waiting: deque[_Waiting] = deque()
         self._batch: asyncio.Task[None] | None = None
         self._since_s = 0.0
 
@@ -37,13 +36,13 @@ class Gate:
         """The unit's rows, or the exception that it alone caused. Cancelled before its batch, it never runs."""
         reply: asyncio.Future[UnitReply] = asyncio.get_running_loop().create_future()
         waiting = _Waiting(unit, reply)
-        self._lanes[unit.express].append(waiting)
+        self._waiting.append(waiting)
         self._open()
         try:
             return await reply
         finally:
-            if waiting in self._lanes[unit.express]:
-                self._lanes[unit.express].remove(waiting)
+            if waiting in self._waiting:
+                self._waiting.remove(waiting)
 
     def busy_s(self) -> float:
         """How long the batch that runs now has been running; 0 when none does."""
@@ -51,7 +50,7 @@ class Gate:
 
     def _open(self) -> None:
         """Start the next batch, unless one runs. Units that arrive in the same tick still get in."""
-        if self._batch is None and any(self._lanes.values()):
+        if self._batch is None and self._waiting:
             self._since_s = time.monotonic()
             self._batch = asyncio.get_running_loop().create_task(self._pass())
 
@@ -73,11 +72,9 @@ class Gate:
             self._open()
 
     def _take(self) -> list[_Waiting]:
-        express = bool(self._lanes[True]) and not (self._last_was_express and self._lanes[False])
-        self._last_was_express = express
-        lane, batch, tokens = self._lanes[express], list[_Waiting](), 0
-        while lane and (not batch or tokens + lane[0].unit.packed.tokens <= self._max_tokens):
-            waiting = lane.popleft()
+        batch, tokens = list[_Waiting](), 0
+        while self._waiting and (not batch or tokens + self._waiting[0].unit.packed.tokens <= self._max_tokens):
+            waiting = self._waiting.popleft()
             if not waiting.reply.done():  # else cancelled, in this very tick
                 batch.append(waiting)
                 tokens += waiting.unit.packed.tokens

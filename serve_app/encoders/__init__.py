@@ -25,7 +25,7 @@ class Encoder(Protocol):
     def encode(self, packed: Packed) -> Vectors:
         """float32 [sequences, native dimensions], unit length, finite; the same whatever shares the batch.
 
-        Blocking, for one thread at a time. Raises RuntimeError, or MemoryError when a GPU has too little.
+        Blocking; two threads may call it at once. Raises RuntimeError, or MemoryError when a GPU has too little.
         """
         ...
 

@@ -1,19 +1,23 @@
 from __future__ import annotations
 
+import asyncio
+import threading
 import warnings
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from serve_app.core.catalog import ModelSpec
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.dispatch import Unit, UnitReply
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own: it still declares pydantic fields the old way
-    from serve_app.deployments.encoder import encode_units
+    from serve_app.deployments.encoder import EncoderReplica, encode_units
 
 
 class FakeEncoder:
@@ -124,3 +128,25 @@ def test_every_unit_gets_its_own_rows_or_its_own_failure(
         guilty = bool(poison & set(ids)) or (len(ids) + 1) // 2 * 2 > most_tokens
         assert isinstance(reply, Exception) == guilty
         assert guilty or rows(reply) == ids
+
+
+async def test_a_short_request_is_computed_while_a_bulk_batch_runs(monkeypatch: pytest.MonkeyPatch) -> None:
+    bulk_may_end = threading.Event()
+
+    class Slow(FakeEncoder):
+        card = SimpleNamespace(unit_tokens=64)
+
+        def encode(self, packed: Packed) -> Vectors:
+            if packed.tokens > 2:
+                assert bulk_may_end.wait(30)
+            return super().encode(packed)
+
+    monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: Slow())
+    entry = {"id": "slow", "name": "tests/slow", "source": "/nowhere", "class": "small"}
+    replica = EncoderReplica(ModelSpec.model_validate(entry))
+    bulk = asyncio.create_task(replica._forward(replica._threads[False], [unit([1, 2, 3])]))
+    (express,) = await replica._forward(replica._threads[True], [unit([4])])
+    assert rows(express) == [4]
+    assert not bulk.done()
+    bulk_may_end.set()
+    assert [rows(reply) for reply in await bulk] == [[1, 2, 3]]

@@ -1,7 +1,6 @@
 from __future__ import annotations
 
 import asyncio
-import itertools
 from collections.abc import Coroutine
 from typing import Any
 
@@ -17,9 +16,9 @@ from serve_app.dispatch import Unit, UnitReply
 MAX_TOKENS = 100
 
 
-def unit(tokens: int, *, express: bool = False) -> Unit:
+def unit(tokens: int) -> Unit:
     packed = Packed(ids=np.zeros(tokens, np.int32), lengths=np.array([tokens], np.int32))
-    return Unit(packed=packed, express=express, fingerprint="0123")
+    return Unit(packed=packed, express=False, fingerprint="0123")
 
 
 def reply_to(unit: Unit) -> UnitReply:
@@ -124,65 +123,29 @@ async def test_a_batch_keeps_the_token_budget_and_the_order(gate: Gate, device: 
     assert await outcomes(tasks) == [60, 40, 1, 99, 150, 2]
 
 
-async def test_express_units_go_first_but_never_twice_in_a_row_while_others_wait(gate: Gate, device: Device) -> None:
-    tasks = await submitted(gate, unit(1))
-    tasks += await submitted(gate, *map(unit, [90, 91, 92]))
-    tasks += await submitted(gate, *(unit(size, express=True) for size in (80, 81, 82, 83, 84)))
-    for _ in range(9):
-        await device.finish()
-    assert device.sizes() == [[1], [80], [90], [81], [91], [82], [92], [83], [84]]
-    assert await outcomes(tasks) == [1, 90, 91, 92, 80, 81, 82, 83, 84]
-
-
-async def test_the_lanes_share_no_batch(gate: Gate, device: Device) -> None:
-    await submitted(gate, unit(1), unit(2, express=True), unit(3), unit(4, express=True))
-    await device.finish()
-    await device.finish()
-    assert device.sizes() == [[2, 4], [1, 3]]
-
-
 @settings(max_examples=50, deadline=None)
-@given(st.lists(st.tuples(st.integers(1, 130), st.booleans(), st.booleans()), min_size=1, max_size=25))
-async def test_however_units_arrive_each_runs_once_and_in_its_turn(arrivals: list[tuple[int, bool, bool]]) -> None:
+@given(st.lists(st.tuples(st.integers(1, 130), st.booleans()), min_size=1, max_size=25))
+async def test_however_units_arrive_each_runs_once_and_in_its_turn(arrivals: list[tuple[int, bool]]) -> None:
     device = Device()
-    units = [unit(tokens, express=express) for tokens, express, _ in arrivals]
-    arrived: list[Unit] = []
-    taken: list[Unit] = []
-    starts: list[tuple[bool, bool]] = []  # of each batch: its lane, and whether the other lane waits
-
-    async def run(unit: Unit) -> UnitReply | Exception:
-        if not device.running:
-            waiting = [other for other in arrived if not any(other is gone for gone in taken)]
-            starts.append((unit.express, any(other.express != unit.express for other in waiting)))
-        taken.append(unit)
-        return await device.run(unit)
-
-    gate = Gate(run, max_tokens=MAX_TOKENS)
+    units = [unit(tokens) for tokens, _ in arrivals]
+    gate = Gate(device.run, max_tokens=MAX_TOKENS)
     tasks: list[asyncio.Task[UnitReply]] = []
-    for arriving, (_, _, finishes) in zip(units, arrivals, strict=True):
-        arrived.append(arriving)
+    for arriving, (_, finishes) in zip(units, arrivals, strict=True):
         tasks += await submitted(gate, arriving)
         if finishes:
             await device.finish()
     while not all(task.done() for task in tasks):
         await device.finish()
 
-    assert await outcomes(tasks) == [tokens for tokens, _, _ in arrivals]
-    for express in (True, False):
-        assert [id(unit) for unit in taken if unit.express == express] == [
-            id(unit) for unit in units if unit.express == express
-        ]
+    assert await outcomes(tasks) == [tokens for tokens, _ in arrivals]
+    assert [id(unit) for batch in device.batches for unit in batch] == [*map(id, units)]
     for batch in device.batches:
-        assert len({unit.express for unit in batch}) == 1
         assert len(batch) == 1 or sum(unit.packed.tokens for unit in batch) <= MAX_TOKENS
-    for (before, _), (express, others_wait) in itertools.pairwise(starts):
-        assert not (before and express and others_wait)
-        assert express or before or not others_wait
 
 
 async def test_a_unit_that_is_cancelled_while_it_waits_never_runs(gate: Gate, device: Device) -> None:
     tasks = await submitted(gate, unit(1))
-    tasks += await submitted(gate, unit(2), unit(3), unit(4, express=True))
+    tasks += await submitted(gate, unit(2), unit(3), unit(4))
     for task in (tasks[1], tasks[3]):
         task.cancel()
     await settle()

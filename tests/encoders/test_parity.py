@@ -7,6 +7,7 @@ import logging
 import random
 import shutil
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -219,6 +220,18 @@ def test_a_vector_is_the_same_whatever_shares_the_batch(subjects: Subjects, mode
 def test_the_same_batch_gives_the_same_bytes(subjects: Subjects, model: str, dtype: str) -> None:
     subject = subjects.open(model, dtype)
     assert subject.encode(TEXTS).tobytes() == subject.together.tobytes()
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("model", [BUNDLED, "modernbert-mean", "mistral-lasttoken", "mpnet-mean"])
+def test_two_threads_at_once_get_the_same_bytes(subjects: Subjects, model: str, dtype: str) -> None:
+    subject = subjects.open(model, dtype)
+    short, long = subject.encode(TEXTS[:2]).tobytes(), subject.together.tobytes()
+    with ThreadPoolExecutor(1) as express, ThreadPoolExecutor(1) as bulk:
+        shorts = [express.submit(subject.encode, TEXTS[:2]) for _ in range(12)]
+        longs = [bulk.submit(subject.encode, TEXTS) for _ in range(3)]
+        assert {future.result().tobytes() for future in shorts} == {short}
+        assert {future.result().tobytes() for future in longs} == {long}
 
 
 @pytest.mark.parametrize("model", EVERY_MODEL)

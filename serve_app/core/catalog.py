@@ -112,6 +112,8 @@ class ModelSpec(StrictModel):
     """Context per input, special tokens included. Unset = what the model's own files say; never more."""
     dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Sizes besides the native one that a request may ask for. Only for models trained for it (Matryoshka)."""
+    deterministic: bool = False
+    """The same vector to the last bit, whatever shares the batch and whichever replica, on equal hardware, answers."""
     trust_remote_code: bool = False
     """Run Python code that ships with the weights. Off unless you have read that code."""
     replicas: Scaling = Scaling()

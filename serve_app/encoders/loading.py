@@ -40,15 +40,19 @@ Forward = Callable[[Packed], Vectors]
 class LoadedEncoder:
     """An open model: see the Encoder protocol."""
 
-    def __init__(self, *, card: ModelCard, tokenizer_json: str, forward: Forward, threads: int) -> None:
+    def __init__(
+        self, *, card: ModelCard, tokenizer_json: str, forward: Forward, threads: int, fixed_threads: bool = False
+    ) -> None:
+        """fixed_threads: as many for a short unit as for a long one, for they may decide how a sum is split."""
         self.card = card
         self.tokenizer_json = tokenizer_json
         self._forward = forward
         self._threads = threads
+        self._one_thread_tokens = 0 if fixed_threads else ONE_THREAD_TOKENS
 
     def encode(self, packed: Packed) -> Vectors:
         # OpenMP keeps the number of threads per calling thread: it is said at each call, not once at start.
-        torch.set_num_threads(1 if packed.tokens <= ONE_THREAD_TOKENS else self._threads)
+        torch.set_num_threads(1 if packed.tokens <= self._one_thread_tokens else self._threads)
         try:
             with torch.inference_mode():
                 vectors = self._forward(packed)
@@ -71,8 +75,14 @@ def load(spec: ModelSpec) -> LoadedEncoder:
     tokenizer_json = model.tokenizer.backend_tokenizer.to_str()
     card = _card(spec, folder, model, tokenizer_json)
     with torch.inference_mode():
-        forward = _forward(spec.id, model, card, fixed_rows=device == "cpu")
-    encoder = LoadedEncoder(card=card, tokenizer_json=tokenizer_json, forward=forward, threads=threads)
+        forward = _forward(spec, model, card, fixed_rows=device == "cpu")
+    encoder = LoadedEncoder(
+        card=card,
+        tokenizer_json=tokenizer_json,
+        forward=forward,
+        threads=threads,
+        fixed_threads=spec.deterministic,
+    )
     _warm_up(encoder, fixed_rows=device == "cpu")
     logger.info("%s: loaded in %.1f s, %s on %s", spec.id, time.perf_counter() - started_s, card.dtype, device)
     return encoder
@@ -116,6 +126,7 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
     max_tokens, dtype = spec.max_tokens or context, str(model.dtype).removeprefix("torch.")
     modules = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
     facts = [_files(spec, folder), dtype, max_tokens, modules, tokenizer_json]
+    facts += ["deterministic"] * spec.deterministic
     return ModelCard(
         id=spec.id,
         name=spec.name,
@@ -153,23 +164,32 @@ def _files(spec: ModelSpec, folder: Path) -> str:
     return whole.hexdigest()
 
 
-def _forward(id: str, model: SentenceTransformer, card: ModelCard, *, fixed_rows: bool) -> Forward:
+def _forward(spec: ModelSpec, model: SentenceTransformer, card: ModelCard, *, fixed_rows: bool) -> Forward:
     """The packed forward if it says what the padded one says, else the padded one."""
     transformer = model[0].auto_model
-    padded, probe, own_attention = PaddedForward(model), _probe(card), transformer.config._attn_implementation
-    expected = padded(probe)
+    padded, probe = PaddedForward(model, alone=spec.deterministic), _probe(card)
+    expected, own_attention = padded(probe), transformer.config._attn_implementation
     try:
         transformer.set_attn_implementation(ATTENTION)
-        packed = PackedForward(model, fixed_rows=fixed_rows)
-        agreement = float((packed(probe) * expected).sum(axis=1).min())
-        if agreement >= AGREES:
-            return packed
+        packed = PackedForward(model, fixed_rows=fixed_rows, deterministic=spec.deterministic)
+        vectors = packed(probe)
+        agreement = float((vectors * expected).sum(axis=1).min())
         reason = f"cosine {agreement:.4f} to the padded one"
+        if agreement >= AGREES:
+            if not spec.deterministic or _is_the_same_alone(packed, probe, vectors):
+                return packed
+            reason = "a vector's last bits depend on what shares its unit"
     except Exception as error:  # whatever a foreign architecture raises: the padded forward is known to work
         reason = type(error).__name__
-    logger.warning("%s: the packed forward does not fit this model (%s); serving padded batches", id, reason)
+    logger.warning("%s: the packed forward does not fit this model (%s); serving padded batches", spec.id, reason)
     transformer.set_attn_implementation(own_attention)
     return padded
+
+
+def _is_the_same_alone(forward: Forward, packed: Packed, vectors: Vectors) -> bool:
+    return all(
+        np.array_equal(forward(packed.slice(index, 1))[0], vectors[index]) for index in range(len(packed.lengths))
+    )
 
 
 def _probe(card: ModelCard) -> Packed:

@@ -25,6 +25,7 @@ ATTENTION = "packed"
 BUCKET = 16  # tokens: finer buckets mean more kernels, coarser ones more padding (measured best of 1, 8, 16, 32)
 SMALL_ROWS = (16, 32, 64, 128, 256)
 ROW_STEP = 256
+PRODUCT_ROWS = 64  # of one product of a deterministic model
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,12 +104,19 @@ AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 class PackedForward:
     """`forward(Packed)` for one model on one device."""
 
-    def __init__(self, model: SentenceTransformer, *, fixed_rows: bool) -> None:
-        """fixed_rows: pad the packed row to a few lengths; on a CPU each new one costs milliseconds the first time."""
+    def __init__(self, model: SentenceTransformer, *, fixed_rows: bool, deterministic: bool = False) -> None:
+        """fixed_rows: pad the packed row to a few lengths; on a CPU each new one costs milliseconds the first time.
+
+        deterministic: a sequence's vector is the same to the bit, whatever shares its unit. Every product has so many
+        rows, and attention sees a sequence at a width that is its own.
+        """
+        if deterministic:
+            fix_rows(model)
         transformer, *self._head = model
         self._transformer = transformer.auto_model
         self._device = model.device
         self._fixed_rows = fixed_rows
+        self._deterministic = deterministic
         self._first_position = first_position(self._transformer)
 
     def __call__(self, packed: Packed) -> Vectors:
@@ -149,7 +157,8 @@ class PackedForward:
         buckets, start = [], 0
         for first, count in runs(lengths.tolist(), BUCKET):
             mine = lengths[first : first + count]
-            tokens, column = int(mine.sum()), np.arange(mine.max())
+            widest = math.ceil(mine.max() / BUCKET) * BUCKET if self._deterministic else mine.max()
+            tokens, column = int(mine.sum()), np.arange(widest)
             real = column < mine[:, None]
             index = start + (np.cumsum(mine) - mine)[:, None] + np.where(real, column, 0)
             mask = None if real.all() else self._tensor(real)
@@ -168,6 +177,25 @@ class PackedForward:
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
+
+
+class FixedRowsLinear(torch.nn.Linear):
+    """A linear layer that multiplies `PRODUCT_ROWS` rows at a time: their number may decide how a row is computed."""
+
+    def forward(self, input: torch.Tensor) -> torch.Tensor:
+        rows = input.reshape(-1, self.in_features)
+        padded = functional.pad(rows, (0, 0, 0, -len(rows) % PRODUCT_ROWS))
+        products = [functional.linear(some, self.weight, self.bias) for some in torch.split(padded, PRODUCT_ROWS)]
+        return torch.cat(products)[: len(rows)].view(*input.shape[:-1], self.out_features)
+
+
+def fix_rows(model: torch.nn.Module) -> None:
+    """Makes every linear layer a FixedRowsLinear, in place. Raises ValueError for a kind that it does not know."""
+    for name, layer in model.named_modules():
+        if type(layer) is torch.nn.Linear:
+            layer.__class__ = FixedRowsLinear
+        elif isinstance(layer, torch.nn.Linear) and type(layer) is not FixedRowsLinear:
+            raise ValueError(f"{name} is a {type(layer).__name__}, whose number of rows is not fixed here")
 
 
 def first_position(transformer: torch.nn.Module) -> int:

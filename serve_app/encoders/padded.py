@@ -14,8 +14,10 @@ BATCH = 32  # sequences, neighbours in length: sentence-transformers' own defaul
 
 
 class PaddedForward:
-    def __init__(self, model: SentenceTransformer) -> None:
+    def __init__(self, model: SentenceTransformer, *, alone: bool = False) -> None:
+        """alone: each sequence in a batch of its own, so that no other one has to do with its vector."""
         self._model = model
+        self._batch = 1 if alone else BATCH
         self._padding = model.tokenizer.pad_token_id or 0
 
     def __call__(self, packed: Packed) -> Vectors:
@@ -23,8 +25,8 @@ class PaddedForward:
         sequences = np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
         order = np.argsort(packed.lengths, kind="stable")
         rows: dict[int, torch.Tensor] = {}
-        for first in range(0, len(order), BATCH):
-            batch = order[first : first + BATCH]
+        for first in range(0, len(order), self._batch):
+            batch = order[first : first + self._batch]
             rows.update(zip(batch.tolist(), self._forward([sequences[index] for index in batch]), strict=True))
         return np.stack([rows[index].numpy() for index in range(len(sequences))])
 

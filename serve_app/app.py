@@ -95,6 +95,8 @@ def usage(settings: UsageSettings) -> Application:
 
 def model(spec: ModelSpec) -> Application:
     """One model's replica group. Its application has `route_prefix: null`: requests reach it through the ingress."""
+    if spec.self_tests is not None:
+        spec = spec.model_copy(update={"self_tests": str(Path(spec.self_tests).expanduser().absolute())})
     scaling = AutoscalingConfig(
         min_replicas=spec.replicas.min,
         initial_replicas=None if spec.replicas.min else 1,  # one loads even of a model that may sleep, to be checked

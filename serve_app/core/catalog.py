@@ -114,6 +114,8 @@ class ModelSpec(StrictModel):
     """Sizes besides the native one that a request may ask for. Only for models trained for it (Matryoshka)."""
     deterministic: bool = False
     """The same vector to the last bit, whatever shares the batch and whichever replica, on equal hardware, answers."""
+    self_tests: str | None = "data/self-tests"
+    """Folder that keeps what the model said when it was first loaded; a replica that says otherwise does not serve."""
     trust_remote_code: bool = False
     """Run Python code that ships with the weights. Off unless you have read that code."""
     replicas: Scaling = Scaling()

@@ -22,7 +22,7 @@ from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.deployments.gate import Gate
 from serve_app.dispatch import Unit, UnitReply
-from serve_app.encoders import Encoder, open_encoder
+from serve_app.encoders import Encoder, open_encoder, self_test
 
 STUCK_S = 600.0  # far beyond any batch that callers still wait for: their deadline is two minutes
 MAX_UNITS_AT_A_REPLICA = 64  # two units a lane from each of 16 ingress replicas; Serve's default of 5 would be one
@@ -49,6 +49,7 @@ class EncoderReplica:
 
     def __init__(self, spec: ModelSpec) -> None:
         self._encoder: Encoder = open_encoder(spec)
+        self_test.hold(spec, self._encoder)
         # By lane, as in dispatch.py: express or not. @serve.batch keeps one queue a method, so each lane has its own.
         self._threads = {express: ThreadPoolExecutor(1, thread_name_prefix="forward") for express in (True, False)}
         self._batched = {True: self._express_batch, False: self._bulk_batch}

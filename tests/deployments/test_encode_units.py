@@ -142,7 +142,7 @@ async def test_a_short_request_is_computed_while_a_bulk_batch_runs(monkeypatch: 
             return super().encode(packed)
 
     monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: Slow())
-    entry = {"id": "slow", "name": "tests/slow", "source": "/nowhere", "class": "small"}
+    entry = {"id": "slow", "name": "tests/slow", "source": "/nowhere", "class": "small", "self_tests": None}
     replica = EncoderReplica(ModelSpec.model_validate(entry))
     bulk = asyncio.create_task(replica._forward(replica._threads[False], [unit([1, 2, 3])]))
     (express,) = await replica._forward(replica._threads[True], [unit([4])])

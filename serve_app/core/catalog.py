@@ -9,11 +9,12 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
 from serve_app.core.errors import TooManyInputs, TooManyTokens, UnsupportedParameter
+from serve_app.core.known import Pooling, known
 from serve_app.core.strict import StrictModel
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -98,7 +99,7 @@ class ModelSpec(StrictModel):
     """One model = one entry: the `args` of its application."""
 
     id: Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._]*(-[A-Za-z0-9._]+)*$", max_length=64)]
-    """The short name that requests use: `bge-m3`."""
+    """The short name that requests use: `bge-m3`. Of a model in `core/known.py`, `name` and `class` follow from it."""
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*(/[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*)?$")]
     """The canonical name that responses carry: `BAAI/bge-m3`."""
     source: str
@@ -127,9 +128,26 @@ class ModelSpec(StrictModel):
     """Torch threads per replica on the CPU. 0 = every core of the node."""
     unit_tokens: Annotated[int, Field(ge=64)] | None = None
     """Tokens in one unit of work. Unset = 2,048 on a CPU, 16,384 on a GPU."""
+    native_dimensions: Annotated[int, Field(ge=1)] | None = None
+    pooling: Pooling | None = None
+    """Both are what the files must say. Unset = whatever they say."""
 
     reserved_by: str | None = None
     """Workspace that keeps this model warm: it pays the active rate for tokens, and for `replicas.min` x `num_gpus`."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _known_facts(cls, entry: Any) -> Any:
+        """What is known of the model, where the entry does not say it. Raises ValueError where it says otherwise."""
+        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+            return entry
+        model = known(entry["id"], entry.get("name"))
+        if model is None:
+            return entry
+        for key in ("class", "native_dimensions", "pooling"):
+            if entry.get(key) not in (None, model.facts[key]):
+                raise ValueError(f"{model.name} has {key} {model.facts[key]}, the entry says {entry[key]}")
+        return {**model.facts, **entry}
 
     @field_validator("source")
     @classmethod

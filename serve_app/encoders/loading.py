@@ -18,6 +18,7 @@ from typing import cast
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
+from sentence_transformers.sentence_transformer.modules import Pooling
 from transformers.utils import logging as transformers_logging
 
 from serve_app.core.catalog import ModelCard, ModelSpec, Source
@@ -119,6 +120,12 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
     native, context = model.get_embedding_dimension(), _context(model)
     if native is None:
         raise ValueError(f"model {spec.id}: its files do not say how many dimensions its vectors have")
+    if spec.native_dimensions and spec.native_dimensions != native:
+        raise ValueError(
+            f"model {spec.id}: its vectors should have {spec.native_dimensions:,} dimensions, its files say {native:,}"
+        )
+    if spec.pooling and (found := _pooling(model)) != spec.pooling:
+        raise ValueError(f"model {spec.id}: its pooling should be {spec.pooling}, its files say {found}")
     if spec.max_tokens and spec.max_tokens > context:
         raise ValueError(f"model {spec.id}: the entry says max_tokens {spec.max_tokens}, its files allow {context}")
     if too_large := [size for size in spec.dimensions if size > native]:
@@ -141,6 +148,12 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
         reserved_by=spec.reserved_by,
         reserved_milli_gpus=spec.reserved_milli_gpus,
     )
+
+
+def _pooling(model: SentenceTransformer) -> str:
+    """By sentence-transformers' name; of several that are joined, all."""
+    modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
+    return " + ".join(mode if isinstance(mode, str) else "/".join(mode) for mode in modes) or "none"
 
 
 def _context(model: SentenceTransformer) -> int:

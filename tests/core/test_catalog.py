@@ -20,6 +20,7 @@ from serve_app.core.catalog import (
     names_in,
 )
 from serve_app.core.errors import TooManyInputs, TooManyTokens, UnsupportedParameter
+from serve_app.core.known import KNOWN, KnownModel
 
 quick = settings(max_examples=200, deadline=None)
 
@@ -28,7 +29,7 @@ COMMIT = "0123456789abcdef" * 2 + "01234567"
 
 def spec(**entry: Any) -> ModelSpec:
     return ModelSpec.model_validate(
-        {"id": "bge-m3", "name": "BAAI/bge-m3", "source": "/models/bge-m3", "class": "base", **entry}
+        {"id": "bge-x", "name": "tests/bge-x", "source": "/models/bge-x", "class": "base", **entry}
     )
 
 
@@ -221,12 +222,12 @@ def test_an_unknown_key_like_no_other_is_answered_with_all_known_ones() -> None:
         spec(replicas={"zzz": 2})
 
 
-LEGAL_NAMES = ["BAAI/bge-m3", "all-MiniLM-L6-v2", "Alibaba-NLP/gte_Qwen2-7B.v1"]
+LEGAL_NAMES = ["BAAI/bge-y", "all-MiniLM-L6-v2", "Alibaba-NLP/gte_Qwen2-7B.v1"]
 
 
 @pytest.mark.parametrize("name", LEGAL_NAMES)
 def test_the_names_on_the_hub_are_legal_and_survive_in_the_deployment_name(name: str) -> None:
-    assert names_in(deployment_name(spec(name=name))) == ("bge-m3", name)
+    assert names_in(deployment_name(spec(name=name))) == ("bge-x", name)
 
 
 @quick
@@ -253,3 +254,58 @@ def test_names_of_words_digits_dots_and_hyphens_are_legal(id: str, owner: str, m
 @pytest.mark.parametrize("other", ["ingress", "encoder", "encoder:bge-m3", "reranker:a:b", "encoder:a:b:c", "", "::"])
 def test_any_other_deployment_has_no_names(other: str) -> None:
     assert names_in(other) is None
+
+
+# Models that are known by name
+
+
+@pytest.mark.parametrize("model", KNOWN.values(), ids=lambda model: model.id)
+def test_of_a_known_model_an_entry_says_where_it_lies_and_no_more(model: KnownModel) -> None:
+    for short in (model.id, model.id.upper(), model.name.rpartition("/")[2]):
+        entry = ModelSpec.model_validate({"id": short, "source": "/models/it"})
+        assert (entry.id, entry.name, entry.size_class) == (short, model.name, model.size_class)
+        assert (entry.native_dimensions, entry.dimensions) == (model.dimensions, model.matryoshka)
+        assert entry.pooling == model.pooling
+    named = ModelSpec.model_validate({"id": "mine", "name": model.name, "source": "/models/it"})
+    assert (named.id, named.name, named.size_class) == ("mine", model.name, model.size_class)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "told"),
+    [
+        ("class", "small", "BAAI/bge-m3 has class large, the entry says small"),
+        ("native_dimensions", 768, "BAAI/bge-m3 has native_dimensions 1024, the entry says 768"),
+        ("pooling", "mean", "BAAI/bge-m3 has pooling cls, the entry says mean"),
+    ],
+)
+def test_an_entry_that_contradicts_what_is_known_is_refused_with_both_values(key: str, value: Any, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        ModelSpec.model_validate({"id": "bge-m3", "source": "/models/it", key: value})
+
+
+def test_what_an_entry_may_choose_it_chooses() -> None:
+    entry = {
+        "id": "nomic-embed-text-v1.5",
+        "source": "/models/it",
+        "dimensions": [256],
+        "max_tokens": 512,
+        "pooling": None,
+    }
+    chosen = ModelSpec.model_validate(entry)
+    assert (chosen.dimensions, chosen.max_tokens, chosen.pooling) == ((256,), 512, None)
+
+
+def test_an_entry_under_a_known_id_and_another_name_is_another_model() -> None:
+    other = ModelSpec.model_validate({"id": "bge-m3", "name": "acme/bge-m3", "source": "/models/it", "class": "base"})
+    assert (other.name, other.size_class, other.pooling) == ("acme/bge-m3", "base", None)
+
+
+def test_an_entry_of_an_unknown_model_says_its_name_and_class() -> None:
+    with pytest.raises(ValidationError) as refused:
+        ModelSpec.model_validate({"id": "acme-embed", "source": "/models/it"})
+    assert {error["loc"][0] for error in refused.value.errors()} == {"name", "class"}
+
+
+def test_sizes_of_a_known_model_are_smaller_than_its_own_and_names_are_told_apart() -> None:
+    assert all(size < model.dimensions for model in KNOWN.values() for size in model.matryoshka)
+    assert len({model.id.lower() for model in KNOWN.values()}) == len(KNOWN)

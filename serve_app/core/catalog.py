@@ -15,6 +15,7 @@ from pydantic import Field, field_validator, model_validator
 
 from serve_app.core.errors import TooManyInputs, TooManyTokens, UnsupportedParameter
 from serve_app.core.known import Pooling, known
+from serve_app.core.prompts import Prompts
 from serve_app.core.strict import StrictModel
 
 _COMMIT = re.compile(r"[0-9a-f]{40}")
@@ -113,6 +114,8 @@ class ModelSpec(StrictModel):
     """Context per input, special tokens included. Unset = what the model's own files say; never more."""
     dimensions: tuple[Annotated[int, Field(ge=1)], ...] = ()
     """Sizes besides the native one that a request may ask for. Only for models trained for it (Matryoshka)."""
+    prompts: Prompts | None = None
+    """What may go before a text: `query`, `document`. `recommended` = what the card of a known model says."""
     deterministic: bool = False
     """The same vector to the last bit, whatever shares the batch and whichever replica, on equal hardware, answers."""
     self_tests: str | None = "data/self-tests"
@@ -142,6 +145,10 @@ class ModelSpec(StrictModel):
         if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
             return entry
         model = known(entry["id"], entry.get("name"))
+        if entry.get("prompts") == "recommended":
+            if model is None or model.prompts is None:
+                raise ValueError("no prompts are known to be recommended for this model: write them out, or none")
+            entry = {**entry, "prompts": model.prompts}
         if model is None:
             return entry
         for key in ("class", "native_dimensions", "pooling"):
@@ -195,6 +202,7 @@ class ModelCard:
     fingerprint: str  # of weights, dtype, pooling and tokenizer: equal fingerprints, one vector space
     reserved_by: str | None = None  # workspace
     reserved_milli_gpus: int = 0
+    prompts: Prompts | None = None
 
     @property
     def unit_sequences(self) -> int:

@@ -8,6 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from enum import StrEnum
 
+from serve_app.core.prompts import Prompts
+
 
 class Pooling(StrEnum):
     """How token vectors become one: sentence-transformers' names."""
@@ -29,6 +31,7 @@ class KnownModel:
     parameters: int
     pooling: Pooling
     matryoshka: tuple[int, ...] = ()
+    prompts: Prompts | None = None
 
     @property
     def facts(self) -> dict[str, object]:
@@ -43,7 +46,15 @@ class KnownModel:
 
 
 def _known(
-    id: str, name: str, size: str, dimensions: int, context: int, parameters: int, pooling: Pooling, *matryoshka: int
+    id: str,
+    name: str,
+    size: str,
+    dimensions: int,
+    context: int,
+    parameters: int,
+    pooling: Pooling,
+    *matryoshka: int,
+    prompts: Prompts | None = None,
 ) -> KnownModel:
     return KnownModel(
         id=id,
@@ -54,23 +65,44 @@ def _known(
         parameters=parameters,
         pooling=pooling,
         matryoshka=matryoshka,
+        prompts=prompts,
     )
 
 
 _CLS, _MEAN, _LAST = Pooling.CLS, Pooling.MEAN, Pooling.LAST_TOKEN
+_SEARCHING = Prompts(query="Represent this sentence for searching relevant passages: ")
+_INSTRUCT = Prompts(
+    query="Instruct: Given a web search query, retrieve relevant passages that answer the query\nQuery: "
+)
+_E5 = Prompts(query="query: ", document="passage: ")
+_NOMIC = Prompts(query="search_query: ", document="search_document: ")
 _MODELS = (
     _known("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "small", 384, 256, 23, _MEAN),
-    _known("bge-small-en", "BAAI/bge-small-en", "small", 384, 512, 33, _CLS),
-    _known("bge-small-en-v1.5", "BAAI/bge-small-en-v1.5", "small", 384, 512, 33, _CLS),
-    _known("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", "base", 768, 512, 109, _CLS),
-    _known("bge-large-en-v1.5", "BAAI/bge-large-en-v1.5", "large", 1024, 512, 335, _CLS),
+    _known("bge-small-en", "BAAI/bge-small-en", "small", 384, 512, 33, _CLS, prompts=_SEARCHING),
+    _known("bge-small-en-v1.5", "BAAI/bge-small-en-v1.5", "small", 384, 512, 33, _CLS, prompts=_SEARCHING),
+    _known("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", "base", 768, 512, 109, _CLS, prompts=_SEARCHING),
+    _known("bge-large-en-v1.5", "BAAI/bge-large-en-v1.5", "large", 1024, 512, 335, _CLS, prompts=_SEARCHING),
     _known("bge-m3", "BAAI/bge-m3", "large", 1024, 8192, 568, _CLS),
-    _known("e5-large-v2", "intfloat/e5-large-v2", "large", 1024, 512, 335, _MEAN),
-    _known("e5-mistral-7b", "intfloat/e5-mistral-7b-instruct", "7b", 4096, 4096, 7111, _LAST),
+    _known("e5-large-v2", "intfloat/e5-large-v2", "large", 1024, 512, 335, _MEAN, prompts=_E5),
+    _known("e5-mistral-7b", "intfloat/e5-mistral-7b-instruct", "7b", 4096, 4096, 7111, _LAST, prompts=_INSTRUCT),
     _known("gte-large", "thenlper/gte-large", "large", 1024, 512, 335, _MEAN),
-    _known("gte-Qwen2-7B", "Alibaba-NLP/gte-Qwen2-7B-instruct", "7b", 3584, 32_768, 7613, _LAST),
-    _known("mxbai-embed-large", "mixedbread-ai/mxbai-embed-large-v1", "large", 1024, 512, 335, _CLS, 512),
-    _known("nomic-embed-text-v1.5", "nomic-ai/nomic-embed-text-v1.5", "base", 768, 8192, 137, _MEAN, 512, 256, 128, 64),
+    _known("gte-Qwen2-7B", "Alibaba-NLP/gte-Qwen2-7B-instruct", "7b", 3584, 32_768, 7613, _LAST, prompts=_INSTRUCT),
+    _known(
+        "mxbai-embed-large",
+        "mixedbread-ai/mxbai-embed-large-v1",
+        "large",
+        1024,
+        512,
+        335,
+        _CLS,
+        512,
+        prompts=_SEARCHING,
+    ),
+    _known(
+        *("nomic-embed-text-v1.5", "nomic-ai/nomic-embed-text-v1.5", "base", 768, 8192, 137, _MEAN),
+        *(512, 256, 128, 64),
+        prompts=_NOMIC,
+    ),
 )
 KNOWN = {model.name.lower(): model for model in _MODELS}
 _BY_ID = {model.id.lower(): model for model in _MODELS} | {

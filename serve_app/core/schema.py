@@ -28,6 +28,7 @@ from serve_app.core.errors import (
     nearest,
     shown,
 )
+from serve_app.core.prompts import InputType
 
 _ESCAPED_LETTER = re.compile(rb"\\u00([46][1-9a-f]|[57][0-9a]|5f)", re.IGNORECASE)
 TOKEN_IDS_MESSAGE = (
@@ -91,6 +92,11 @@ GROUPS: tuple[GroupBy, ...] = get_args(GroupBy)
 ModelName = Annotated[str, Field(description="Short id or canonical name, in any case: see GET /v1/models.")]
 
 
+AskedInputType = Annotated[
+    InputType | None, Field(description="Put the model's prompt for it before each text. Default: none.")
+]
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
 
@@ -107,6 +113,7 @@ class EmbeddingsRequest(_Request):
     encoding_format: Annotated[Literal["float", "base64"], _absent_if_null("float")] = "float"
     dimensions: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Default: the native size.")] = None
     user: Annotated[Annotated[str, Field(max_length=256)] | None, Field(description="Your end user, for usage.")] = None
+    input_type: AskedInputType = None
 
 
 class TokenizeRequest(_Request):
@@ -114,6 +121,7 @@ class TokenizeRequest(_Request):
 
     model: ModelName
     input: Texts
+    input_type: AskedInputType = None
 
 
 class UsageQuery(_Request):
@@ -207,6 +215,7 @@ class Model(BaseModel):
     canonical_name: str
     dimensions: int
     max_tokens: int
+    input_types: list[InputType] = Field(description="What `input_type` may say: nothing, if the model has no prompts.")
 
 
 class ModelList(BaseModel):
@@ -250,6 +259,8 @@ def parse(kind: type[Request], body: bytes) -> Request:
 def canonical(request: _Request) -> bytes:
     """The parsed request as bytes: equal for bodies that differ only in key order, white space or stated defaults."""
     fields = {name: getattr(request, name) for name in type(request).model_fields}
+    if fields.get("input_type") is None:  # came later than replies that are kept: a body without it is what it was
+        fields.pop("input_type", None)
     return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
 
@@ -341,6 +352,8 @@ def _bad_value(field: str) -> ServiceError:
             return UnsupportedParameter("encoding_format must be 'float' or 'base64'.", param=field)
         case "dimensions":
             return UnsupportedParameter("dimensions must be a positive integer.", param=field)
+        case "input_type":
+            return UnsupportedParameter("input_type must be 'query' or 'document'.", param=field)
         case "user":
             return InvalidInput("user must be a string of at most 256 characters.", param=field)
         case _:

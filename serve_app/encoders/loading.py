@@ -126,6 +126,8 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
         )
     if spec.pooling and (found := _pooling(model)) != spec.pooling:
         raise ValueError(f"model {spec.id}: its pooling should be {spec.pooling}, its files say {found}")
+    if spec.prompts and not all(module.include_prompt for module in model if isinstance(module, Pooling)):
+        raise ValueError(f"model {spec.id}: its files leave prompts out of pooling, which is not done here: set none")
     if spec.max_tokens and spec.max_tokens > context:
         raise ValueError(f"model {spec.id}: the entry says max_tokens {spec.max_tokens}, its files allow {context}")
     if too_large := [size for size in spec.dimensions if size > native]:
@@ -134,6 +136,7 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
     modules = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
     facts = [_files(spec, folder), dtype, max_tokens, modules, tokenizer_json]
     facts += ["deterministic"] * spec.deterministic
+    facts += [spec.prompts.model_dump()] if spec.prompts else []
     return ModelCard(
         id=spec.id,
         name=spec.name,
@@ -147,6 +150,7 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
         fingerprint=hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()[:12],
         reserved_by=spec.reserved_by,
         reserved_milli_gpus=spec.reserved_milli_gpus,
+        prompts=spec.prompts,
     )
 
 

@@ -471,7 +471,7 @@ async def test_tokenize_counts_what_is_too_much_to_embed() -> None:
 def test_models_are_listed_by_id(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by, model.created) == (ID, "sentence-transformers", CARD.created)
-    assert model.model_extra == {"canonical_name": NAME, "dimensions": 384, "max_tokens": 256}
+    assert model.model_extra == {"canonical_name": NAME, "dimensions": 384, "max_tokens": 256, "input_types": []}
 
 
 @pytest.mark.parametrize("name", [ID, NAME, NAME.upper()])
@@ -549,7 +549,7 @@ async def test_the_openapi_page_shows_every_route_and_what_it_answers() -> None:
     }
     assert "too_many_tokens" in embeddings["responses"]["400"]["description"]
     body = embeddings["requestBody"]["content"]["application/json"]["schema"]
-    assert set(body["properties"]) == {"model", "input", "encoding_format", "dimensions", "user"}
+    assert set(body["properties"]) == {"model", "input", "encoding_format", "dimensions", "user", "input_type"}
     assert set(body["required"]) == {"model", "input"}
 
 

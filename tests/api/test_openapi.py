@@ -10,9 +10,11 @@ from schemathesis import Case
 from schemathesis.config import SchemathesisConfig
 
 from serve_app.api import build_app
-from tests.service.fakes import AUTHORIZATION, CARD, KEY, FakeModel, FakeModels, service_over
+from serve_app.core.prompts import Prompts
+from tests.service.fakes import AUTHORIZATION, CARD, KEY, FakeModel, FakeModels, card, service_over
 
-APP = build_app(service_over(FakeModels(FakeModel())), max_body_bytes=1_000_000)
+SERVED = card(prompts=Prompts(query="search for this: "))
+APP = build_app(service_over(FakeModels(FakeModel(SERVED))), max_body_bytes=1_000_000)
 DAYS = {"from": "2026-01-01", "to": "2026-12-31"}
 some_examples = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)

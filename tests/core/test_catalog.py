@@ -21,6 +21,7 @@ from serve_app.core.catalog import (
 )
 from serve_app.core.errors import TooManyInputs, TooManyTokens, UnsupportedParameter
 from serve_app.core.known import KNOWN, KnownModel
+from serve_app.core.prompts import Prompts
 
 quick = settings(max_examples=200, deadline=None)
 
@@ -309,3 +310,32 @@ def test_an_entry_of_an_unknown_model_says_its_name_and_class() -> None:
 def test_sizes_of_a_known_model_are_smaller_than_its_own_and_names_are_told_apart() -> None:
     assert all(size < model.dimensions for model in KNOWN.values() for size in model.matryoshka)
     assert len({model.id.lower() for model in KNOWN.values()}) == len(KNOWN)
+
+
+# Prompts
+
+
+def test_prompts_are_what_the_entry_writes_out_or_what_is_recommended() -> None:
+    written = spec(prompts={"query": "find: "}).prompts
+    assert written == Prompts(query="find: ", document=None)
+    e5 = ModelSpec.model_validate({"id": "e5-large-v2", "source": "/models/it", "prompts": "recommended"})
+    assert e5.prompts == Prompts(query="query: ", document="passage: ")
+    for entry in ({"id": "e5-large-v2", "source": "/models/it"}, {"id": "bge-m3", "source": "/models/it"}):
+        assert ModelSpec.model_validate(entry).prompts is None
+
+
+@pytest.mark.parametrize(
+    ("prompts", "told"),
+    [
+        ("recommended", "no prompts are known to be recommended"),
+        ({"question": "?"}, "unknown key 'question'"),
+        ({"query": ""}, "at least 1 character"),
+        ({"query": "x" * 2_049}, "at most 2048 characters"),
+    ],
+)
+def test_prompts_that_cannot_be_are_refused(prompts: Any, told: str) -> None:
+    with pytest.raises(ValidationError, match=told):
+        spec(prompts=prompts)
+    if prompts == "recommended":
+        with pytest.raises(ValidationError, match=told):
+            ModelSpec.model_validate({"id": "bge-m3", "source": "/models/it", "prompts": prompts})

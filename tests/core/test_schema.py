@@ -17,7 +17,7 @@ from serve_app.core.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
-from serve_app.core.schema import TOKEN_IDS_MESSAGE, EmbeddingsRequest, TokenizeRequest, parse
+from serve_app.core.schema import TOKEN_IDS_MESSAGE, EmbeddingsRequest, TokenizeRequest, canonical, parse
 
 quick = settings(max_examples=100, deadline=None)
 
@@ -46,18 +46,27 @@ def test_what_is_left_out_has_its_default() -> None:
         "encoding_format": "float",
         "dimensions": None,
         "user": None,
+        "input_type": None,
     }
 
 
 def test_every_field_is_taken_as_sent() -> None:
-    request = embeddings(asking(input=["b", "a"], encoding_format="base64", dimensions=256, user="u" * 256))
+    fields = {"encoding_format": "base64", "dimensions": 256, "user": "u" * 256, "input_type": "document"}
+    request = embeddings(asking(input=["b", "a"], **fields))
     assert request.model_dump() == {
         "model": "bge-m3",
         "input": ("b", "a"),
         "encoding_format": "base64",
         "dimensions": 256,
         "user": "u" * 256,
+        "input_type": "document",
     }
+
+
+def test_to_a_reply_that_is_kept_a_body_without_input_type_is_what_it_was_before_there_was_one() -> None:
+    kept = b'{"dimensions":null,"encoding_format":"float","input":["a text"],"model":"bge-m3","user":null}'
+    assert canonical(embeddings(asking())) == canonical(embeddings(asking(input_type=None))) == kept
+    assert canonical(embeddings(asking(input_type="query"))) != kept
 
 
 def test_a_string_is_the_same_request_as_a_list_of_it() -> None:

@@ -17,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from serve_app.core.catalog import ModelCard, ModelSpec, SizeClass
 from serve_app.core.known import KNOWN
 from serve_app.core.packing import Packed
+from serve_app.core.prompts import Prompts
 from serve_app.core.vectors import Vectors
 from serve_app.encoders import Encoder, open_encoder, sources
 from serve_app.encoders.loading import LoadedEncoder, choose_dtype
@@ -197,6 +198,29 @@ def test_another_pooling_than_the_model_is_known_for_is_refused_with_both_values
     open_encoder(spec(bert, pooling="mean"))
     with pytest.raises(ValueError, match="under-test: its pooling should be cls, its files say mean"):
         open_encoder(spec(bert, pooling="cls"))
+
+
+def test_prompts_stand_on_the_card_and_are_another_fingerprint(bert: Path) -> None:
+    plain, prompted = open_encoder(spec(bert)).card, open_encoder(spec(bert, prompts={"query": "find: "})).card
+    assert plain.prompts is None
+    assert prompted.prompts == Prompts(query="find: ")
+    assert plain.fingerprint != prompted.fingerprint
+
+
+def test_a_prompt_before_a_text_is_what_sentence_transformers_makes_of_it(bert: Path) -> None:
+    encoder = open_encoder(spec(bert))
+    packed = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(["la ba: ce di", "la ba: fo"]).packed
+    right = reference(bert).encode(["ce di", "fo"], prompt="la ba: ", normalize_embeddings=True)
+    assert (encoder.encode(packed) * right).sum(axis=1) == pytest.approx(1, abs=1e-6)
+
+
+def test_prompts_are_refused_where_the_files_leave_them_out_of_pooling(bert: Path, tmp_path: Path) -> None:
+    folder = copied(bert, tmp_path / "instructor")
+    path = folder / "1_Pooling" / "config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"include_prompt": False}))
+    open_encoder(spec(folder))
+    with pytest.raises(ValueError, match="under-test: its files leave prompts out of pooling"):
+        open_encoder(spec(folder, prompts={"query": "find: "}))
 
 
 def test_the_bundled_model_is_known() -> None:

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
+import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +28,8 @@ from serve_app.encoders import Encoder, open_encoder, self_test
 
 STUCK_S = 600.0  # far beyond any batch that callers still wait for: their deadline is two minutes
 MAX_UNITS_AT_A_REPLICA = 64  # two units a lane from each of 16 ingress replicas; Serve's default of 5 would be one
+
+BULK_NICENESS = 10  # a tenth of a core that short requests, the ingress or the proxy want at the same time
 
 Encode = Callable[[Packed], Vectors]  # see the Encoder protocol
 
@@ -51,7 +55,10 @@ class EncoderReplica:
         self._encoder: Encoder = open_encoder(spec)
         self_test.hold(spec, self._encoder)
         # By lane, as in dispatch.py: express or not. @serve.batch keeps one queue a method, so each lane has its own.
-        self._threads = {express: ThreadPoolExecutor(1, thread_name_prefix="forward") for express in (True, False)}
+        self._threads = {
+            True: ThreadPoolExecutor(1, thread_name_prefix="express"),
+            False: ThreadPoolExecutor(1, thread_name_prefix="bulk", initializer=_give_way),
+        }
         self._batched = {True: self._express_batch, False: self._bulk_batch}
         most = self._encoder.card.unit_tokens
         self._gates = {express: Gate(run, max_tokens=most) for express, run in self._batched.items()}
@@ -86,6 +93,11 @@ class EncoderReplica:
     async def _forward(self, thread: ThreadPoolExecutor, units: list[Unit]) -> list[UnitReply | Exception]:
         """One batch. Exceptions are returned, not raised: a raised one would fail every unit of the batch."""
         return await asyncio.get_running_loop().run_in_executor(thread, encode_units, self._encoder.encode, units)
+
+
+def _give_way() -> None:
+    """This thread, and those of OpenMP that it will start, mostly get a core when nobody else wants one."""
+    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + BULK_NICENESS)
 
 
 def encode_units(encode: Encode, units: list[Unit]) -> list[UnitReply | Exception]:

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import threading
 import warnings
 from types import SimpleNamespace
@@ -17,7 +18,10 @@ from serve_app.dispatch import Unit, UnitReply
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own: it still declares pydantic fields the old way
-    from serve_app.deployments.encoder import EncoderReplica, encode_units
+    from serve_app.deployments.encoder import BULK_NICENESS, EncoderReplica, encode_units
+
+CARD = SimpleNamespace(unit_tokens=64)
+ENTRY = {"id": "fake", "name": "tests/fake", "source": "/nowhere", "class": "small", "self_tests": None}
 
 
 class FakeEncoder:
@@ -134,7 +138,7 @@ async def test_a_short_request_is_computed_while_a_bulk_batch_runs(monkeypatch: 
     bulk_may_end = threading.Event()
 
     class Slow(FakeEncoder):
-        card = SimpleNamespace(unit_tokens=64)
+        card = CARD
 
         def encode(self, packed: Packed) -> Vectors:
             if packed.tokens > 2:
@@ -142,11 +146,20 @@ async def test_a_short_request_is_computed_while_a_bulk_batch_runs(monkeypatch: 
             return super().encode(packed)
 
     monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: Slow())
-    entry = {"id": "slow", "name": "tests/slow", "source": "/nowhere", "class": "small", "self_tests": None}
-    replica = EncoderReplica(ModelSpec.model_validate(entry))
+    replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
     bulk = asyncio.create_task(replica._forward(replica._threads[False], [unit([1, 2, 3])]))
     (express,) = await replica._forward(replica._threads[True], [unit([4])])
     assert rows(express) == [4]
     assert not bulk.done()
     bulk_may_end.set()
     assert [rows(reply) for reply in await bulk] == [[1, 2, 3]]
+
+
+def test_bulk_work_gives_way_to_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: SimpleNamespace(card=CARD))
+    replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
+    express, bulk = (
+        replica._threads[lane].submit(os.getpriority, os.PRIO_PROCESS, 0).result() for lane in (True, False)
+    )
+    assert express == os.getpriority(os.PRIO_PROCESS, 0)
+    assert bulk == min(19, express + BULK_NICENESS)

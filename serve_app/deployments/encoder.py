@@ -8,6 +8,7 @@ batch loop that is dead or stuck makes the replica unhealthy, and Serve replaces
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 import threading
@@ -97,7 +98,8 @@ class EncoderReplica:
 
 def _give_way() -> None:
     """This thread, and those of OpenMP that it will start, mostly get a core when nobody else wants one."""
-    os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + BULK_NICENESS)
+    with contextlib.suppress(OSError):  # a sandbox may forbid it: then the lanes share as equals
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), os.getpriority(os.PRIO_PROCESS, 0) + BULK_NICENESS)
 
 
 def encode_units(encode: Encode, units: list[Unit]) -> list[UnitReply | Exception]:

@@ -163,3 +163,13 @@ def test_bulk_work_gives_way_to_everything_else(monkeypatch: pytest.MonkeyPatch)
     )
     assert express == os.getpriority(os.PRIO_PROCESS, 0)
     assert bulk == min(19, express + BULK_NICENESS)
+
+
+def test_where_niceness_is_forbidden_bulk_work_runs_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def forbidden(*_: int) -> None:
+        raise PermissionError
+
+    monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: SimpleNamespace(card=CARD))
+    monkeypatch.setattr("serve_app.deployments.encoder.os.setpriority", forbidden)
+    replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
+    assert replica._threads[False].submit(lambda: "done").result() == "done"

@@ -142,9 +142,12 @@ class ModelSpec(StrictModel):
     @classmethod
     def _known_facts(cls, entry: Any) -> Any:
         """What is known of the model, where the entry does not say it. Raises ValueError where it says otherwise."""
-        if not isinstance(entry, dict) or not isinstance(entry.get("id"), str):
+        if not isinstance(entry, dict):
             return entry
-        model = known(entry["id"], entry.get("name"))
+        id, name = entry.get("id"), entry.get("name")
+        if not isinstance(id, str) or not isinstance(name, str | None):
+            return entry  # which the fields' own checks refuse
+        model = known(id, name)
         if entry.get("prompts") == "recommended":
             if model is None or model.prompts is None:
                 raise ValueError("no prompts are known to be recommended for this model: write them out, or none")
@@ -154,7 +157,7 @@ class ModelSpec(StrictModel):
         for key in ("class", "native_dimensions", "pooling"):
             if entry.get(key) not in (None, model.facts[key]):
                 raise ValueError(f"{model.name} has {key} {model.facts[key]}, the entry says {entry[key]}")
-        return {**model.facts, **entry}
+        return {**entry, **{key: fact for key, fact in model.facts.items() if entry.get(key) is None}}
 
     @field_validator("source")
     @classmethod

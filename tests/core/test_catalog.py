@@ -293,12 +293,23 @@ def test_what_an_entry_may_choose_it_chooses() -> None:
         "pooling": None,
     }
     chosen = ModelSpec.model_validate(entry)
-    assert (chosen.dimensions, chosen.max_tokens, chosen.pooling) == ((256,), 512, None)
+    assert (chosen.dimensions, chosen.max_tokens, chosen.pooling) == ((256,), 512, "mean")
 
 
 def test_an_entry_under_a_known_id_and_another_name_is_another_model() -> None:
     other = ModelSpec.model_validate({"id": "bge-m3", "name": "acme/bge-m3", "source": "/models/it", "class": "base"})
     assert (other.name, other.size_class, other.pooling) == ("acme/bge-m3", "base", None)
+
+
+@pytest.mark.parametrize("odd", [5, None, ["bge-m3"], {"a": 1}])
+@pytest.mark.parametrize("key", ["id", "name", "class", "pooling", "native_dimensions", "prompts"])
+def test_odd_values_are_refused_as_what_they_are(key: str, odd: Any) -> None:
+    entry = {"id": "bge-m3", "name": "BAAI/bge-m3", "source": "/models/it", key: odd}
+    if odd is None and key != "id":  # null says nothing
+        assert ModelSpec.model_validate(entry).size_class == "large"
+        return
+    with pytest.raises(ValidationError):
+        ModelSpec.model_validate(entry)
 
 
 def test_an_entry_of_an_unknown_model_says_its_name_and_class() -> None:

@@ -48,12 +48,12 @@ class LoadedEncoder:
         self.card = card
         self.tokenizer_json = tokenizer_json
         self._forward = forward
-        self._threads = threads
+        self.threads = threads
         self._one_thread_tokens = 0 if fixed_threads else ONE_THREAD_TOKENS
 
     def encode(self, packed: Packed) -> Vectors:
         # OpenMP keeps the number of threads per calling thread: it is said at each call, not once at start.
-        torch.set_num_threads(1 if packed.tokens <= self._one_thread_tokens else self._threads)
+        torch.set_num_threads(1 if packed.tokens <= self._one_thread_tokens else self.threads)
         try:
             with torch.inference_mode():
                 vectors = self._forward(packed)
@@ -71,6 +71,8 @@ def load(spec: ModelSpec) -> LoadedEncoder:
     folder, device = fetch(spec), spec.resolved_device
     dtype = choose_dtype(spec.dtype, device)
     threads = spec.threads or len(os.sched_getaffinity(0))
+    if spec.deterministic:  # so that element-wise work is cut where the CPU's vectors end: a tail has other last bits
+        threads = 1 << (threads.bit_length() - 1)
     torch.set_num_threads(threads)
     model = _open(folder, device, dtype, trust_remote_code=spec.trust_remote_code)
     tokenizer_json = model.tokenizer.backend_tokenizer.to_str()
@@ -132,6 +134,12 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
         raise ValueError(f"model {spec.id}: the entry says max_tokens {spec.max_tokens}, its files allow {context}")
     if too_large := [size for size in spec.dimensions if size > native]:
         raise ValueError(f"model {spec.id}: the entry lists dimensions {too_large}, its files have {native}")
+    steady = _steady_tokens(model)
+    if steady and (spec.max_tokens or context) > steady:
+        raise ValueError(
+            f"model {spec.id}: beyond {steady:,} tokens its rotary positions depend on the longest text of a batch "
+            f"(longrope), so vectors would, too: set max_tokens to {steady} or less"
+        )
     max_tokens, dtype = spec.max_tokens or context, str(model.dtype).removeprefix("torch.")
     modules = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
     facts = [_files(spec, folder), dtype, max_tokens, modules, tokenizer_json]
@@ -167,6 +175,14 @@ def _context(model: SentenceTransformer) -> int:
     if positions is None:
         return int(model.max_seq_length or 512)
     return min(int(model.max_seq_length or positions), int(positions) - first_position(transformer))
+
+
+def _steady_tokens(model: SentenceTransformer) -> int | None:
+    """Up to where positions mean the same in any company. `dynamic` ones change beyond all positions there are only."""
+    rope = getattr(model[0].auto_model.config, "rope_parameters", None) or {}
+    kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
+    limits = [kind["original_max_position_embeddings"] for kind in kinds if kind.get("rope_type") == "longrope"]
+    return min(limits, default=None)
 
 
 def _files(spec: ModelSpec, folder: Path) -> str:

@@ -73,6 +73,8 @@ def packed_attention(
     """Attention inside each sequence. query, key, value: [1, heads, tokens, width] -> [1, tokens, heads, width]."""
     rows = [x[0].transpose(0, 1) for x in (query, key, value)]
     causal = is_causal(module)
+    if sliding_window is not None and not causal and getattr(module, "is_causal", False):
+        sliding_window += 1  # of a decoder made an encoder transformers counts the window's last token in
     context = torch.zeros_like(rows[0])
     for bucket in buckets:
         q, k, v = (x[bucket.index].transpose(1, 2) for x in rows)

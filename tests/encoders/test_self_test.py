@@ -161,6 +161,21 @@ def test_of_replicas_that_start_at_once_the_first_record_stands(model: Path, mon
     assert [path.name for path in record(model).parent.iterdir()] == [record(model).name]
 
 
+def test_a_folder_without_hard_links_keeps_records_that_everybody_can_read(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def unknown(*_: object) -> None:
+        raise PermissionError("no hard links here")
+
+    monkeypatch.setattr("serve_app.encoders.self_test.os.link", unknown)
+    started(model)
+    assert record(model).stat().st_mode & 0o777 == 0o644
+    started(model)
+    change_the_pooling(model)
+    with pytest.raises(ValueError, match="failed its self-test"):
+        started(model)
+
+
 def test_a_record_that_cannot_be_read_is_named(model: Path) -> None:
     record(model).parent.mkdir()
     record(model).write_text("{")

@@ -522,7 +522,7 @@ def of(workspace: str, weight: int = 1) -> Share:
     return Share(workspace=workspace, weight=weight)
 
 
-async def test_express_units_are_full_while_a_workspace_is_alone_and_small_beside_anothers_short_requests(
+async def test_express_units_are_full_while_a_workspace_is_alone_and_small_while_several_send_short_requests(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     clock_s = 100.0
@@ -542,21 +542,14 @@ async def test_express_units_are_full_while_a_workspace_is_alone_and_small_besid
     clock_s += CROWD_S + 0.01
     assert await most_in_a_unit() == CROWD * 2
 
-
-async def test_express_units_are_small_while_two_workspaces_wait_however_long_ago_they_came(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    clock_s = 100.0
-    monkeypatch.setattr("serve_app.dispatch.time.perf_counter", lambda: clock_s)
-    replica = Replica()
-    dispatch = dispatcher(replica, unit_tokens=CROWD * 40)
+    replica.units.clear()
     replica.hold(express=True)
     tasks = [start(dispatch.encode(request(100, 20), of(f"ws-{number % 2}"))) for number in range(40)]
     await settle()
     clock_s += CROWD_S + 0.01
     replica.release(express=True)
     await asyncio.gather(*tasks)
-    assert max(len(unit.packed.lengths) for unit in replica.units) == 2
+    assert max(len(unit.packed.lengths) for unit in replica.units) == 2, "they wait, however long ago they came"
 
 
 async def test_bulk_units_are_full_whoever_sends_short_requests() -> None:

@@ -118,7 +118,7 @@ class ModelSpec(StrictModel):
     """What may go before a text: `query`, `document`. `recommended` = what the card of a known model says."""
     deterministic: bool = False
     """The same vector to the last bit, whatever shares the batch and whichever replica, on equal hardware, answers."""
-    self_tests: str | None = "data/self-tests"
+    self_tests: Annotated[str, Field(min_length=1)] | None = "data/self-tests"
     """Folder that keeps what the model said when it was first loaded; a replica that says otherwise does not serve."""
     trust_remote_code: bool = False
     """Run Python code that ships with the weights. Off unless you have read that code."""
@@ -154,10 +154,11 @@ class ModelSpec(StrictModel):
             entry = {**entry, "prompts": model.prompts}
         if model is None:
             return entry
+        facts = model.facts
         for key in ("class", "native_dimensions", "pooling"):
-            if entry.get(key) not in (None, model.facts[key]):
-                raise ValueError(f"{model.name} has {key} {model.facts[key]}, the entry says {entry[key]}")
-        return {**entry, **{key: fact for key, fact in model.facts.items() if entry.get(key) is None}}
+            if entry.get(key) not in (None, facts[key]):
+                raise ValueError(f"{model.name} has {key} {facts[key]}, the entry says {entry[key]}")
+        return {**entry, **{key: fact for key, fact in facts.items() if entry.get(key) is None}}
 
     @field_validator("source")
     @classmethod

@@ -19,7 +19,7 @@ class Pooling(StrEnum):
     LAST_TOKEN = "lasttoken"
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
+@dataclass(frozen=True, slots=True)  # by position: one line a model, below
 class KnownModel:
     """context: tokens per input; parameters: in millions; matryoshka: sizes besides the native one."""
 
@@ -45,30 +45,6 @@ class KnownModel:
         }
 
 
-def _known(
-    id: str,
-    name: str,
-    size: str,
-    dimensions: int,
-    context: int,
-    parameters: int,
-    pooling: Pooling,
-    *matryoshka: int,
-    prompts: Prompts | None = None,
-) -> KnownModel:
-    return KnownModel(
-        id=id,
-        name=name,
-        size_class=size,
-        dimensions=dimensions,
-        context=context,
-        parameters=parameters,
-        pooling=pooling,
-        matryoshka=matryoshka,
-        prompts=prompts,
-    )
-
-
 _CLS, _MEAN, _LAST = Pooling.CLS, Pooling.MEAN, Pooling.LAST_TOKEN
 _SEARCHING = Prompts(query="Represent this sentence for searching relevant passages: ")
 _INSTRUCT = Prompts(
@@ -77,31 +53,22 @@ _INSTRUCT = Prompts(
 _E5 = Prompts(query="query: ", document="passage: ")
 _NOMIC = Prompts(query="search_query: ", document="search_document: ")
 _MODELS = (
-    _known("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "small", 384, 256, 23, _MEAN),
-    _known("bge-small-en", "BAAI/bge-small-en", "small", 384, 512, 33, _CLS, prompts=_SEARCHING),
-    _known("bge-small-en-v1.5", "BAAI/bge-small-en-v1.5", "small", 384, 512, 33, _CLS, prompts=_SEARCHING),
-    _known("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", "base", 768, 512, 109, _CLS, prompts=_SEARCHING),
-    _known("bge-large-en-v1.5", "BAAI/bge-large-en-v1.5", "large", 1024, 512, 335, _CLS, prompts=_SEARCHING),
-    _known("bge-m3", "BAAI/bge-m3", "large", 1024, 8192, 568, _CLS),
-    _known("e5-large-v2", "intfloat/e5-large-v2", "large", 1024, 512, 335, _MEAN, prompts=_E5),
-    _known("e5-mistral-7b", "intfloat/e5-mistral-7b-instruct", "7b", 4096, 4096, 7111, _LAST, prompts=_INSTRUCT),
-    _known("gte-large", "thenlper/gte-large", "large", 1024, 512, 335, _MEAN),
-    _known("gte-Qwen2-7B", "Alibaba-NLP/gte-Qwen2-7B-instruct", "7b", 3584, 32_768, 7613, _LAST, prompts=_INSTRUCT),
-    _known(
-        "mxbai-embed-large",
-        "mixedbread-ai/mxbai-embed-large-v1",
-        "large",
-        1024,
-        512,
-        335,
-        _CLS,
-        512,
-        prompts=_SEARCHING,
+    KnownModel("all-MiniLM-L6-v2", "sentence-transformers/all-MiniLM-L6-v2", "small", 384, 256, 23, _MEAN),
+    KnownModel("bge-small-en", "BAAI/bge-small-en", "small", 384, 512, 33, _CLS, prompts=_SEARCHING),
+    KnownModel("bge-small-en-v1.5", "BAAI/bge-small-en-v1.5", "small", 384, 512, 33, _CLS, prompts=_SEARCHING),
+    KnownModel("bge-base-en-v1.5", "BAAI/bge-base-en-v1.5", "base", 768, 512, 109, _CLS, prompts=_SEARCHING),
+    KnownModel("bge-large-en-v1.5", "BAAI/bge-large-en-v1.5", "large", 1024, 512, 335, _CLS, prompts=_SEARCHING),
+    KnownModel("bge-m3", "BAAI/bge-m3", "large", 1024, 8192, 568, _CLS),
+    KnownModel("e5-large-v2", "intfloat/e5-large-v2", "large", 1024, 512, 335, _MEAN, prompts=_E5),
+    KnownModel("e5-mistral-7b", "intfloat/e5-mistral-7b-instruct", "7b", 4096, 4096, 7111, _LAST, prompts=_INSTRUCT),
+    KnownModel("gte-large", "thenlper/gte-large", "large", 1024, 512, 335, _MEAN),
+    KnownModel("gte-Qwen2-7B", "Alibaba-NLP/gte-Qwen2-7B-instruct", "7b", 3584, 32_768, 7613, _LAST, prompts=_INSTRUCT),
+    KnownModel(
+        "mxbai-embed-large", "mixedbread-ai/mxbai-embed-large-v1", "large", 1024, 512, 335, _CLS, (512,), _SEARCHING
     ),
-    _known(
-        *("nomic-embed-text-v1.5", "nomic-ai/nomic-embed-text-v1.5", "base", 768, 8192, 137, _MEAN),
-        *(512, 256, 128, 64),
-        prompts=_NOMIC,
+    # Its card centres a vector before it is cut to a Matryoshka size, which is not done here: no sizes, then.
+    KnownModel(
+        "nomic-embed-text-v1.5", "nomic-ai/nomic-embed-text-v1.5", "base", 768, 8192, 137, _MEAN, prompts=_NOMIC
     ),
 )
 KNOWN = {model.name.lower(): model for model in _MODELS}

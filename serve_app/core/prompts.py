@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from serve_app.core.errors import UnsupportedParameter
 from serve_app.core.strict import StrictModel
@@ -25,6 +25,12 @@ class Prompts(StrictModel):
 
     query: Prompt | None = None
     document: Prompt | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Prompts:
+        if self.query is None and self.document is None:
+            raise ValueError("prompts say nothing: write out query, document or both")
+        return self
 
 
 def parted(name: str) -> tuple[str, InputType] | None:

@@ -22,6 +22,11 @@ class Encoder(Protocol):
         """The fast tokenizer, whole: `Tokenizer.from_str` reads it."""
         ...
 
+    @property
+    def weights(self) -> dict[str, str]:
+        """SHA-256 of each weight file, by its path."""
+        ...
+
     def encode(self, packed: Packed) -> Vectors:
         """float32 [sequences, native dimensions], unit length, finite; the same whatever shares the batch.
 

@@ -24,6 +24,7 @@ from transformers.utils import logging as transformers_logging
 from serve_app.core.catalog import ModelCard, ModelSpec, Source
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
+from serve_app.encoders import manifest
 from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward, first_position
 from serve_app.encoders.padded import PaddedForward
 from serve_app.encoders.sources import fetch
@@ -42,11 +43,19 @@ class LoadedEncoder:
     """An open model: see the Encoder protocol."""
 
     def __init__(
-        self, *, card: ModelCard, tokenizer_json: str, forward: Forward, threads: int, fixed_threads: bool = False
+        self,
+        *,
+        card: ModelCard,
+        tokenizer_json: str,
+        weights: dict[str, str],
+        forward: Forward,
+        threads: int,
+        fixed_threads: bool = False,
     ) -> None:
         """fixed_threads: as many for a short unit as for a long one, for they may decide how a sum is split."""
         self.card = card
         self.tokenizer_json = tokenizer_json
+        self.weights = weights
         self._forward = forward
         self.threads = threads
         self._one_thread_tokens = 0 if fixed_threads else ONE_THREAD_TOKENS
@@ -76,12 +85,14 @@ def load(spec: ModelSpec) -> LoadedEncoder:
     torch.set_num_threads(threads)
     model = _open(folder, device, dtype, trust_remote_code=spec.trust_remote_code)
     tokenizer_json = model.tokenizer.backend_tokenizer.to_str()
-    card = _card(spec, folder, model, tokenizer_json)
+    weights = manifest.hashes(folder)
+    card = _card(spec, folder, weights, model, tokenizer_json)
     with torch.inference_mode():
         forward = _forward(spec, model, card, fixed_rows=device == "cpu")
     encoder = LoadedEncoder(
         card=card,
         tokenizer_json=tokenizer_json,
+        weights=weights,
         forward=forward,
         threads=threads,
         fixed_threads=spec.deterministic,
@@ -117,7 +128,9 @@ def _open(folder: Path, device: str, dtype: torch.dtype, *, trust_remote_code: b
     return model.eval()
 
 
-def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_json: str) -> ModelCard:
+def _card(
+    spec: ModelSpec, folder: Path, weights: dict[str, str], model: SentenceTransformer, tokenizer_json: str
+) -> ModelCard:
     """The facts, where the entry does not contradict them."""
     native, context = model.get_embedding_dimension(), _context(model)
     if native is None:
@@ -142,7 +155,7 @@ def _card(spec: ModelSpec, folder: Path, model: SentenceTransformer, tokenizer_j
         )
     max_tokens, dtype = spec.max_tokens or context, str(model.dtype).removeprefix("torch.")
     modules = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
-    facts = [_files(spec, folder), dtype, max_tokens, modules, tokenizer_json]
+    facts = [_files(spec, folder, weights), dtype, max_tokens, modules, tokenizer_json]
     facts += ["deterministic"] * spec.deterministic
     facts += [spec.prompts.model_dump()] if spec.prompts else []
     return ModelCard(
@@ -185,16 +198,14 @@ def _steady_tokens(model: SentenceTransformer) -> int | None:
     return min(limits, default=None)
 
 
-def _files(spec: ModelSpec, folder: Path) -> str:
+def _files(spec: ModelSpec, folder: Path, weights: dict[str, str]) -> str:
     """Which files these are: the hub's commit, or a hash over weights and configurations."""
     revision = Source.parse(spec.source).revision
     if revision:
         return revision
-    whole = hashlib.sha256()
-    for path in sorted([*folder.rglob("*.safetensors"), *folder.rglob("*config.json")]):
-        with path.open("rb") as file:
-            whole.update(hashlib.file_digest(file, "sha256").digest())
-    return whole.hexdigest()
+    configurations = {path: manifest.sha256(path) for path in folder.rglob("*config.json")}
+    files = configurations | {folder / name: digest for name, digest in weights.items()}
+    return hashlib.sha256(b"".join(bytes.fromhex(files[path]) for path in sorted(files))).hexdigest()
 
 
 def _forward(spec: ModelSpec, model: SentenceTransformer, card: ModelCard, *, fixed_rows: bool) -> Forward:

@@ -78,6 +78,16 @@ def weights(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*.safetensors"))
 
 
+def hashes(folder: Path) -> dict[str, str]:
+    """SHA-256 of every file with weights, by its path in the folder."""
+    return {name: sha256(folder / name) for name in weights(folder)}
+
+
+def sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def verify(spec: ModelSpec, folder: Path, advance: Advance = lambda _: None) -> Iterator[Checked]:
     """Every file that something is known of, and every file with weights. Raises ValueError, OSError."""
     manifest = read(folder)

@@ -163,7 +163,8 @@ class PackedForward:
             tokens, column = int(mine.sum()), np.arange(widest)
             real = column < mine[:, None]
             index = start + (np.cumsum(mine) - mine)[:, None] + np.where(real, column, 0)
-            mask = None if real.all() else self._tensor(real)
+            # A bucket that happens to be full has a mask, too, if bits count: without one another kernel may be chosen.
+            mask = None if real.all() and not self._deterministic else self._tensor(real)
             buckets.append(Bucket(start, tokens, self._tensor(index), mask))
             start += tokens
         return buckets

@@ -20,8 +20,7 @@ import numpy as np
 
 from serve_app.core.catalog import ModelSpec
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import Encoder, manifest
-from serve_app.encoders.sources import fetch
+from serve_app.encoders import Encoder
 from serve_app.encoders.tokenizer import Tokenizer
 
 SAME = 0.9999  # cosine: what the same text may differ by from batch to batch, and a damaged model does not reach
@@ -49,10 +48,10 @@ class Record:
     @classmethod
     def of(cls, spec: ModelSpec, encoder: Encoder) -> Record:
         packed = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS).packed
-        ids, folder = np.split(packed.ids, np.cumsum(packed.lengths)[:-1]), fetch(spec)
+        ids = np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
         return cls(
             entry=spec.model_dump(mode="json", include={"source", "dtype", "max_tokens", "deterministic"}),
-            weights={name: manifest.digests(folder / name)[0] for name in manifest.weights(folder)},
+            weights=encoder.weights,
             dtype=encoder.card.dtype,
             tokens=[row.tolist() for row in ids],
             vectors=[base64.b64encode(row.astype("<f4").tobytes()).decode() for row in encoder.encode(packed)],
@@ -67,8 +66,8 @@ class Record:
             return "reads weight files that are not those recorded"
         if now.dtype != self.dtype:
             return f"computes in {now.dtype}, recorded was {self.dtype}"
-        if changed := [index for index, ids in enumerate(self.tokens) if now.tokens[index] != ids]:
-            return f"makes other tokens of {len(changed)} of {len(self.tokens)} texts than were recorded"
+        if now.tokens != self.tokens:
+            return "makes other tokens of the same texts than were recorded"
         before, rows = self.rows(), now.rows()
         if rows.shape != before.shape:
             return f"gives {rows.shape[1]:,} dimensions, recorded were {before.shape[1]:,}"
@@ -95,7 +94,9 @@ def hold(spec: ModelSpec, encoder: Encoder) -> None:
 
 def _read(path: Path) -> Record | None:
     try:
-        return Record(**json.loads(path.read_bytes()))
+        record = Record(**json.loads(path.read_bytes()))
+        record.rows()
+        return record
     except FileNotFoundError:
         return None
     except (ValueError, TypeError):

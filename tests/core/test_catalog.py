@@ -340,6 +340,7 @@ def test_prompts_are_what_the_entry_writes_out_or_what_is_recommended() -> None:
     [
         ("recommended", "no prompts are known to be recommended"),
         ({"question": "?"}, "unknown key 'question'"),
+        ({}, "prompts say nothing"),
         ({"query": ""}, "at least 1 character"),
         ({"query": "x" * 2_049}, "at most 2048 characters"),
     ],

@@ -40,6 +40,7 @@ def some_texts(count: int, seed: int) -> list[str]:
 
 
 def opened(source: str, *, dtype: str, deterministic: bool, threads: int = 1) -> tuple[Encoder, Tokenizer]:
+    """unit_tokens decides how much is warmed up, and not what comes out."""
     entry = {"id": "under-test", "name": "tests/under-test", "source": source, "class": "small", "dtype": dtype}
     settings = {"deterministic": deterministic, "unit_tokens": 64, "threads": threads}
     encoder = open_encoder(ModelSpec.model_validate({**entry, **settings}))

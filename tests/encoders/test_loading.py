@@ -64,7 +64,7 @@ def copied(checkpoint: Path, folder: Path) -> Path:
 
 
 def encoder_of(forward: Callable[[Packed], Vectors], threads: int = 1) -> LoadedEncoder:
-    return LoadedEncoder(card=CARD, tokenizer_json="{}", forward=forward, threads=threads)
+    return LoadedEncoder(card=CARD, tokenizer_json="{}", weights={}, forward=forward, threads=threads)
 
 
 def four_numbers(packed: Packed) -> Vectors:

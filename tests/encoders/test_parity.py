@@ -18,13 +18,13 @@ import numpy as np
 import pytest
 import torch
 
-from serve_app.core.catalog import ModelSpec
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import Encoder, loading, open_encoder, packed
+from serve_app.encoders import Encoder, loading, packed
 from serve_app.encoders.packed import Bucket, PackedForward
 from serve_app.encoders.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint, prose, reference, set_pooling
+from tests.encoders import determinism
 
 BUNDLED = "bundled"
 CHECKPOINTS = {
@@ -151,9 +151,8 @@ class Heard(logging.Handler):
 
 
 def opened(source: str, dtype: str) -> Encoder:
-    """unit_tokens decides how much is warmed up, threads how fast it is: neither what comes out."""
-    entry = {"id": "under-test", "name": "tests/under-test", "source": source, "class": "small"}
-    return open_encoder(ModelSpec.model_validate({**entry, "dtype": dtype, "unit_tokens": 64, "threads": 1}))
+    encoder, _ = determinism.opened(source, dtype=dtype, deterministic=False)
+    return encoder
 
 
 def worst(vectors: Vectors, expected: Vectors) -> float:
@@ -300,18 +299,11 @@ def test_a_dense_layer_after_pooling_is_part_of_the_model(tmp_path: Path) -> Non
     assert worst(encoder.encode(tokenized.packed), expected) >= 0.999999
 
 
-def test_a_decoder_that_its_files_make_an_encoder_looks_both_ways(tmp_path: Path) -> None:
-    folder = make_checkpoint(tmp_path / "both-ways", "qwen2", pooling="mean")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "is_causal": False}))
-    expected = reference(folder).encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)
-    encoder = opened(str(folder), "float32")
-    tokenized = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS)
-    assert worst(encoder.encode(tokenized.packed), expected) >= 0.999999
-
-
-def test_its_window_reaches_both_ways_then(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    folder = make_checkpoint(tmp_path / "both-ways", "mistral", pooling="mean")
+@pytest.mark.parametrize("architecture", ["qwen2", "mistral"])  # the latter sees a window of either side
+def test_a_decoder_that_its_files_make_an_encoder_looks_both_ways(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture, architecture: str
+) -> None:
+    folder = make_checkpoint(tmp_path / "both-ways", architecture, pooling="mean")
     config = json.loads((folder / "config.json").read_text())
     (folder / "config.json").write_text(json.dumps({**config, "is_causal": False}))
     expected = reference(folder).encode(TEXTS, normalize_embeddings=True, show_progress_bar=False)

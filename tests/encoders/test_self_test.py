@@ -78,7 +78,7 @@ def change_the_pooling(model: Path) -> None:
     ("damage", "told"),
     [
         (damage_one_weight, "reads weight files that are not those recorded"),
-        (change_the_tokenizer, r"makes other tokens of \d of 5 texts than were recorded"),
+        (change_the_tokenizer, "makes other tokens of the same texts than were recorded"),
         (change_the_pooling, r"gives vectors with a cosine of -?0\.\d+ to those recorded"),
     ],
 )
@@ -176,9 +176,11 @@ def test_a_folder_without_hard_links_keeps_records_that_everybody_can_read(
         started(model)
 
 
-def test_a_record_that_cannot_be_read_is_named(model: Path) -> None:
-    record(model).parent.mkdir()
-    record(model).write_text("{")
+@pytest.mark.parametrize("damaged", ["", "{", "[]", "{}", '"text"', "vectors"])
+def test_a_record_that_cannot_be_read_is_named(model: Path, damaged: str) -> None:
+    started(model)
+    kept = json.loads(record(model).read_text()) | {"vectors": ["AAA"]}
+    record(model).write_text(json.dumps(kept) if damaged == "vectors" else damaged)
     with pytest.raises(ValueError, match=r"under-test\.json is no record of a self-test"):
         started(model)
 

@@ -18,7 +18,7 @@ from serve_app.dispatch import Unit, UnitReply
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own: it still declares pydantic fields the old way
-    from serve_app.deployments.encoder import BULK_NICENESS, EncoderReplica, encode_units
+    from serve_app.deployments.encoder import BULK_NICENESS, STUCK_S, EncoderReplica, encode_units
 
 CARD = SimpleNamespace(unit_tokens=64)
 ENTRY = {"id": "fake", "name": "tests/fake", "source": "/nowhere", "class": "small", "self_tests": None}
@@ -173,3 +173,32 @@ def test_where_niceness_is_forbidden_bulk_work_runs_all_the_same(monkeypatch: py
     monkeypatch.setattr("serve_app.deployments.encoder.os.setpriority", forbidden)
     replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
     assert replica._threads[False].submit(lambda: "done").result() == "done"
+
+
+@pytest.mark.parametrize("express", [True, False])
+async def test_a_lane_that_is_stuck_or_whose_loop_is_dead_makes_the_replica_unhealthy(
+    monkeypatch: pytest.MonkeyPatch, express: bool
+) -> None:
+    alive = {True: True, False: True}
+
+    def batched(lane: bool) -> SimpleNamespace:
+        async def is_alive() -> bool:
+            return alive[lane]
+
+        return SimpleNamespace(_is_batching_task_alive=is_alive)
+
+    monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: SimpleNamespace(card=CARD))
+    replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
+    monkeypatch.setattr(replica, "_batched", {lane: batched(lane) for lane in (True, False)})
+    await replica.check_health()
+
+    monkeypatch.setattr(replica._gates[express], "busy_s", lambda: STUCK_S - 1)
+    await replica.check_health()
+    alive[express] = False
+    with pytest.raises(RuntimeError, match="the batch loop is dead"):
+        await replica.check_health()
+
+    alive[express] = True
+    monkeypatch.setattr(replica._gates[express], "busy_s", lambda: STUCK_S + 1)
+    with pytest.raises(RuntimeError, match="a batch has been running for more than 600 s"):
+        await replica.check_health()

@@ -8,8 +8,9 @@ waits for a sync. The tables are in `sqlite_schema.py`.
 from __future__ import annotations
 
 import asyncio
-import os
+import contextlib
 import sqlite3
+import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -45,6 +46,8 @@ FORGET = 64  # expired records of a workspace that a new one sweeps out
 PAGE = 500
 
 T = TypeVar("T")
+
+_creating = threading.Lock()  # until a new file is closed, no thread of this process may connect to it
 
 
 async def open(url: str, *, clock: Clock | None = None) -> Store:
@@ -357,11 +360,21 @@ class _Connection:
 
 
 def _connect(path: Path, *, synced: bool) -> sqlite3.Connection:
-    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    os.close(os.open(path, os.O_RDWR | os.O_CREAT, 0o600))  # SQLite itself would let everybody read it
+    _create(path)
     db = sqlite3.connect(path, timeout=BUSY_S, isolation_level=None)
     db.execute(f"pragma synchronous={'full' if synced else 'normal'}")
     return db
+
+
+def _create(path: Path) -> None:
+    """The file, if it is missing: SQLite itself would let everybody read it.
+
+    A file that is there is never opened but by SQLite: to close it drops every lock that this process has on it, and
+    then another process, closing it, takes itself for the last, and deletes the log that this one goes on writing to.
+    """
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+    with _creating, contextlib.suppress(FileExistsError):
+        path.touch(mode=0o600, exist_ok=False)
 
 
 def _in_transaction(db: sqlite3.Connection, work: Callable[[sqlite3.Connection], T]) -> T:

@@ -24,6 +24,7 @@ from chaosrun.history import History
 from chaosrun.installation import Installation, installed, open_accounts
 from chaosrun.judge import Verdict
 from chaosrun.kills import ONLY_IDEMPOTENCY, WEIGHTS, Killer, Kills, Pace
+from chaosrun.operator import operate
 from chaosrun.report import Spent, progress, tell
 from serve_app import stores
 from serve_app.stores import Store
@@ -31,7 +32,8 @@ from tests.redis_server import RedisServer
 
 DESCRIPTION = """\
 Starts a service of its own, makes calls as clients do (retries, hang-ups, duplicates, half of them through the OpenAI
-SDK), kills its processes with SIGKILL meanwhile, and then holds the ledger against what the clients saw.
+SDK), kills its processes with SIGKILL and runs an operator's commands meanwhile, and then holds the ledger against what
+the clients saw.
 
 Exit status 0: every success was billed once, and nothing was computed again after it. 1: not so. With --control, which
 runs a build that stores reply and bill one after the other: 0 if the audit noticed.
@@ -85,7 +87,7 @@ def _run(options: argparse.Namespace, root: Path) -> int:
         tenants = asyncio.run(open_accounts(store_url))
         with installed(root, folder, store_url, torn=options.control) as installation:
             spent.server = installation.server
-            asyncio.run(_calls_and_kills(options, installation, redis, tenants, kills, history, spent))
+            asyncio.run(_calls_and_kills(root, options, installation, redis, tenants, kills, history, spent))
         verdict = asyncio.run(_verdict(installation, history))
     head: dict[str, object] = {
         "seed": options.seed,
@@ -110,6 +112,7 @@ def _run(options: argparse.Namespace, root: Path) -> int:
 
 
 async def _calls_and_kills(
+    root: Path,
     options: argparse.Namespace,
     installation: Installation,
     redis: RedisServer | None,
@@ -130,13 +133,17 @@ async def _calls_and_kills(
     )
     pace = Pace(options.calls, history, kills)
     async with Callers(installation.port, tenants, history, pace.turn) as callers, asyncio.TaskGroup() as tasks:
-        telling = tasks.create_task(_tell_progress(options, kills, history, spent))
+        beside = [
+            tasks.create_task(_tell_progress(options, kills, history, spent)),
+            tasks.create_task(operate(root, installation.store_url, history)),
+        ]
         async with asyncio.TaskGroup() as work:
             work.create_task(killer.run())
             work.create_task(
                 callers.make(options.calls, seed=options.seed, model=installation.model, in_flight=options.in_flight)
             )
-        telling.cancel()
+        for task in beside:
+            task.cancel()
     await _with_store(installation.store_url, judge.rest)
     spent.look()
 

@@ -75,7 +75,7 @@ async def submitted(gate: Gate, *units: Unit) -> list[asyncio.Task[UnitReply]]:
 
 async def outcomes(tasks: list[asyncio.Task[UnitReply]]) -> list[float | BaseException]:
     """What each unit got: its row's one number, which is its size, or its exception."""
-    async with asyncio.timeout(1):
+    async with asyncio.timeout(20):
         results = await asyncio.gather(*tasks, return_exceptions=True)
     return [result if isinstance(result, BaseException) else float(result.vectors[0, 0]) for result in results]
 

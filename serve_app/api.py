@@ -65,7 +65,7 @@ SECURITY_HEADERS = {
     "Content-Security-Policy": "default-src 'none'; frame-ancestors 'none'",
     "Referrer-Policy": "no-referrer",
 }
-CORS_REQUEST_HEADERS = ("Authorization", "Content-Type", "Idempotency-Key", "X-Request-Id")
+CORS_REQUEST_HEADERS = ("Authorization", "Cache-Control", "Content-Type", "Idempotency-Key", "X-Request-Id")
 CORS_RESPONSE_HEADERS = (
     "Idempotent-Replayed",
     "Retry-After",
@@ -186,6 +186,7 @@ class Edge:
             started_s=time.perf_counter(),
             route=scope["path"],
             idempotency_keys=headers.getlist("idempotency-key"),
+            no_store=_no_store(headers),
         )
         scope["call"] = call
         started = False
@@ -228,6 +229,11 @@ def _request_id(headers: Headers) -> str:
     """The caller's, if it may stand in a log; else one of our own."""
     given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _no_store(headers: Headers) -> bool:
+    directives = ",".join(headers.getlist("cache-control")).lower().split(",")
+    return "no-store" in (directive.strip() for directive in directives)
 
 
 def _add_headers(call: Call, headers: MutableHeaders) -> None:

@@ -43,7 +43,7 @@ class LiveModel(Protocol):
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized: ...
 
-    async def encode(self, packed: Packed, share: Share) -> Encoded: ...
+    async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded: ...
 
 
 class Models(Protocol):
@@ -71,6 +71,7 @@ class Call:
     route: str
     id: str = field(default_factory=lambda: uuid.uuid4().hex)  # ours alone: a caller may repeat a request id
     idempotency_keys: Sequence[str] = field(default=(), repr=False)
+    no_store: bool = False  # its vectors are neither taken from a cache nor kept in one
     caller: Caller | None = None
     fingerprint: str | None = None
     replay_of: str | None = None  # the request id of the call that this one repeats
@@ -302,7 +303,7 @@ class Service:
     async def _encode(self, call: Call, job: Job, tokenized: Tokenized) -> Encoded:
         workspace = job.caller.workspace
         share = Share(workspace=workspace.id, weight=self._limits.weight(workspace.plan))
-        encoded = await job.model.encode(tokenized.packed, share)
+        encoded = await job.model.encode(tokenized.packed, share, no_store=call.no_store)
         call.queue_s, call.compute_s = encoded.queue_s, encoded.compute_s
         return encoded
 

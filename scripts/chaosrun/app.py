@@ -49,10 +49,10 @@ class WatchedModel:
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._model.tokenize(texts)
 
-    async def encode(self, packed: Packed, share: Share) -> Encoded:
+    async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
         # The monotonic clock is one for all processes of a machine. A short line is appended whole, and outlives us.
         os.write(self._journal, f"{self._claim} {time.monotonic_ns()}\n".encode())
-        return await self._model.encode(packed, share)
+        return await self._model.encode(packed, share, no_store=no_store)
 
 
 class WatchedService(Service):

@@ -120,6 +120,8 @@ class ModelSpec(StrictModel):
     """The same vector to the last bit, whatever shares the batch and whichever replica, on equal hardware, answers."""
     self_tests: Annotated[str, Field(min_length=1)] | None = "data/self-tests"
     """Folder that keeps what the model said when it was first loaded; a replica that says otherwise does not serve."""
+    cache_bytes: Annotated[int, Field(ge=0)] = 0
+    """Memory of each ingress for vectors of texts that a workspace sent before: 0 = none are kept."""
     trust_remote_code: bool = False
     """Run Python code that ships with the weights. Off unless you have read that code."""
     replicas: Scaling = Scaling()
@@ -207,6 +209,7 @@ class ModelCard:
     reserved_by: str | None = None  # workspace
     reserved_milli_gpus: int = 0
     prompts: Prompts | None = None
+    cache_bytes: int = 0
 
     @property
     def unit_sequences(self) -> int:

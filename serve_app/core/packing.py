@@ -24,26 +24,45 @@ LOOKED_AT = 64  # requests that are tried for the last bit of room: a unit must 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Packed:
-    """Sequences end to end, without padding. ids: int32 [tokens]; lengths: int32 [sequences], their sum is tokens."""
+    """Sequences end to end, without padding. ids: int32 [tokens]; lengths: int32 [sequences], their sum is tokens.
+
+    firsts: int32 [sequences], of pairs alone: how many of a sequence's tokens are of the first text.
+    """
 
     ids: TokenIds = field(repr=False)  # whoever has the tokenizer can read them
     lengths: TokenIds
+    firsts: TokenIds | None = None
 
     @property
     def tokens(self) -> int:
         return len(self.ids)
 
+    def types(self) -> TokenIds:
+        """int32 [tokens]: 0, and of pairs 1 where it is the second text's."""
+        types = np.zeros(len(self.ids), np.int32)
+        if self.firsts is not None:
+            ends = np.cumsum(self.lengths)
+            for first, end in zip((ends - self.lengths + self.firsts).tolist(), ends.tolist(), strict=True):
+                types[first:end] = 1
+        return types
+
     def slice(self, first: int, count: int) -> Packed:
         start = int(self.lengths[:first].sum())
         lengths = self.lengths[first : first + count]
-        return Packed(ids=self.ids[start : start + int(lengths.sum())], lengths=lengths)
+        firsts = None if self.firsts is None else self.firsts[first : first + count]
+        return Packed(ids=self.ids[start : start + int(lengths.sum())], lengths=lengths, firsts=firsts)
 
     @classmethod
     def join(cls, parts: Sequence[Packed]) -> Packed:
         if len(parts) == 1:
             return parts[0]
+        firsts = [part.firsts for part in parts if part.firsts is not None]
+        if firsts and len(firsts) < len(parts):
+            raise ValueError("single texts beside pairs. This is a bug")
         return cls(
-            ids=np.concatenate([part.ids for part in parts]), lengths=np.concatenate([part.lengths for part in parts])
+            ids=np.concatenate([part.ids for part in parts]),
+            lengths=np.concatenate([part.lengths for part in parts]),
+            firsts=np.concatenate(firsts) if firsts else None,
         )
 
     def halves(self) -> tuple[Packed, Packed]:

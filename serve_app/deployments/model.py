@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.util.metrics import Counter, Gauge
 
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound
 from serve_app.core.packing import Packed, Share
@@ -21,10 +22,17 @@ from serve_app.core.truncation import Tokenized
 from serve_app.deployments.encoder import Description, OtherFingerprint
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
 from serve_app.encoders.tokenizer import Tokenizer, join
+from serve_app.recall import Answered, Recall
 
 REPLACED_S = 1.0  # after a replica of another kind has answered: the next look at Serve's status is due by then
 SHORT_CHARACTERS = 4_096  # a request this short has a tokenizing thread of its own
 SLICE_CHARACTERS = 32_768  # one turn in a tokenizing thread, about 20 ms; a longer text has a thread apart
+
+
+TEXTS = Counter(
+    "serve_app_texts", "Texts that were answered: encoded, cached, or duplicate.", tag_keys=("model", "answered")
+)
+CACHE_BYTES = Gauge("serve_app_cache_bytes", "Memory of one ingress that cached vectors take.", tag_keys=("model",))
 
 
 class Threads:
@@ -82,16 +90,24 @@ class Ready:
             unit_sequences=card.unit_sequences,
             max_pending_tokens=max_pending_tokens,
         )
+        self._recall = Recall(self.dispatcher.encode, cache_bytes=card.cache_bytes, count=self._answered)
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._threads.tokenize(self._tokenizer, texts)
 
-    async def encode(self, packed: Packed, share: Share) -> Encoded:
-        return await self.dispatcher.encode(packed, share)
+    async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
+        try:
+            return await self._recall.encode(packed, share, no_store=no_store)
+        finally:
+            if self.card.cache_bytes:
+                CACHE_BYTES.set(self._recall.bytes, {"model": self.card.name})
 
     def gone(self) -> None:
         """No replica is left, not even one that drains: Serve's handle would let what is under way wait for ever."""
         self.dispatcher.abandon(ModelNotFound(f"{self.card.name} is not served any more.", param="model"))
+
+    def _answered(self, how: Answered, texts: int) -> None:
+        TEXTS.inc(texts, {"model": self.card.name, "answered": how.value})
 
     async def _send(self, unit: Unit) -> UnitReply:
         """To a replica that Serve chooses. Encoding is pure: what one replica could not do, another is asked once."""

@@ -172,6 +172,7 @@ def _card(
         reserved_by=spec.reserved_by,
         reserved_milli_gpus=spec.reserved_milli_gpus,
         prompts=spec.prompts,
+        cache_bytes=spec.cache_bytes,
     )
 
 

@@ -111,9 +111,8 @@ async def test_no_page_may_call_unless_it_is_named(http: httpx.AsyncClient) -> N
 
 
 async def test_a_named_page_asks_whether_it_may_without_a_key(from_page: httpx.AsyncClient) -> None:
-    response = await from_page.options(
-        "/v1/embeddings", headers=asks_for(headers="authorization,content-type,idempotency-key,x-request-id")
-    )
+    sends = "authorization,cache-control,content-type,idempotency-key,x-request-id"
+    response = await from_page.options("/v1/embeddings", headers=asks_for(headers=sends))
     assert response.status_code == 200
     assert response.headers["access-control-allow-origin"] == PAGE
     assert response.headers["access-control-allow-methods"] == "GET, POST"

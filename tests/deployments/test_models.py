@@ -150,7 +150,7 @@ async def test_a_request_under_way_may_finish_while_its_model_leaves_and_is_told
     await learn(live, a=app(RUNNING, 1))
     handle.hangs = True
     model = live.resolve("small")
-    asked = asyncio.create_task(model.encode((await model.tokenize(["hello"])).packed, ALONE))
+    asked = asyncio.create_task(model.encode((await model.tokenize(["hello"])).packed, ALONE, no_store=False))
     live.learn(status(a=app(ApplicationStatus.DELETING, 1)))
     await asyncio.sleep(0.01)
     assert not asked.done()
@@ -228,5 +228,5 @@ async def test_what_a_replica_could_not_do_has_its_own_answer(
     handle.outcomes = [*outcomes, AssertionError("asked once too often")]
     model = ready(handle, deployed=deployed)
     with pytest.raises(error):
-        await model.encode(Packed.join([(await model.tokenize(["hello"])).packed]), ALONE)
+        await model.encode(Packed.join([(await model.tokenize(["hello"])).packed]), ALONE, no_store=False)
     assert handle.asked == len(outcomes)

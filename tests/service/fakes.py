@@ -12,6 +12,7 @@ import functools
 import tempfile
 import time
 import zlib
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -35,6 +36,7 @@ from serve_app.core.vectors import Vectors
 from serve_app.desk import Desk
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
 from serve_app.encoders.tokenizer import Tokenizer
+from serve_app.recall import Answered, Recall
 from serve_app.service import LiveModel, Models, Service
 from serve_app.stores import Clock, Store, open_store
 from serve_app.stores.blobs import Blobs
@@ -112,12 +114,17 @@ class FakeModel:
             unit_sequences=card.unit_sequences,
             max_pending_tokens=max_pending_tokens,
         )
+        self.answered: Counter[Answered] = Counter()
+        self._recall = Recall(self.dispatcher.encode, cache_bytes=card.cache_bytes, count=self._count)
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._tokenize(texts)
 
-    async def encode(self, packed: Packed, share: Share) -> Encoded:
-        return await self.dispatcher.encode(packed, share)
+    async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
+        return await self._recall.encode(packed, share, no_store=no_store)
+
+    def _count(self, how: Answered, texts: int) -> None:
+        self.answered[how] += texts
 
     async def _really_tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await asyncio.to_thread(bundled_tokenizer(self.card.max_tokens), texts)

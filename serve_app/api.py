@@ -57,6 +57,7 @@ USAGE_QUERY: list[dict[str, Any]] = [
     {"name": "to", "in": "query", "description": "Day, UTC. Default: today.", "schema": DAY},
     {"name": "group_by", "in": "query", "style": "form", "explode": False, "schema": GROUP_BY},
 ]
+ALIASES = {"/v2/rerank": "/v1/rerank"}  # where Cohere's newer client looks; one route, whichever way it is called
 OPEN = frozenset({"/health", "/ready"})  # whatever is not named here asks for a key, routes that come later included
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # what a caller may choose: it goes into logs and the ledger
 SECURITY_HEADERS = {
@@ -101,8 +102,15 @@ def build_app(
         body=schema.EmbeddingsRequest,
         parameters=[IDEMPOTENCY_KEY],
     )
+    rerank_route = _documented(
+        schema.RerankResponse,
+        *(400, 404, 409, 429, 504),
+        body=schema.RerankRequest,
+        parameters=[IDEMPOTENCY_KEY],
+    )
     tokenize_route = _documented(schema.TokenizeResponse, 400, 404, 429, 504, body=schema.TokenizeRequest)
     app.post("/v1/embeddings", **embeddings_route)(embeddings)
+    app.post("/v1/rerank", **rerank_route)(rerank)
     app.post("/v1/tokenize", **tokenize_route)(tokenize)
     app.get("/v1/models", **_documented(schema.ModelList))(list_models)
     app.get("/v1/models/{id:path}", **_documented(schema.Model, 404, parameters=[MODEL_ID]))(retrieve_model)
@@ -122,6 +130,13 @@ async def embeddings(request: Request) -> Response:
     service = _service(request)
     async with service.deadline():
         return _json(await service.embed(_call(request), await _body(request)))
+
+
+async def rerank(request: Request) -> Response:
+    """One score per document, and the documents in its order, best first."""
+    service = _service(request)
+    async with service.deadline():
+        return _json(await service.rerank(_call(request), await _body(request)))
 
 
 async def tokenize(request: Request) -> Response:
@@ -181,6 +196,7 @@ class Edge:
             await WebSocketClose(1008)(scope, receive, send)
             return
         headers = Headers(scope=scope)
+        scope["path"] = ALIASES.get(scope["path"], scope["path"])
         call = Call(
             request_id=_request_id(headers),
             started_s=time.perf_counter(),

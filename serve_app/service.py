@@ -9,18 +9,26 @@ from __future__ import annotations
 import asyncio
 import time
 import uuid
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from serve_app.accounts import Accounts, Caller
 from serve_app.apart import apart
 from serve_app.books import Books, Claim
-from serve_app.core import idempotency, ledger, schema, vectors
-from serve_app.core.catalog import ModelCard, check_dimensions, check_strings, check_tokens
+from serve_app.core import idempotency, ledger, ranking, schema, vectors
+from serve_app.core.catalog import (
+    ModelCard,
+    check_dimensions,
+    check_documents,
+    check_strings,
+    check_task,
+    check_tokens,
+)
 from serve_app.core.charges import token_event
 from serve_app.core.errors import EndpointNotAllowed, ModelNotAllowed, ModelNotFound, RequestTimeout
+from serve_app.core.known import Task
 from serve_app.core.ledger import UsageEvent, call_event_id
 from serve_app.core.packing import Packed, Share
 from serve_app.core.plans import Limits
@@ -42,6 +50,10 @@ class LiveModel(Protocol):
     def card(self) -> ModelCard: ...
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized: ...
+
+    async def tokenize_pairs(self, query: str, documents: Sequence[str], max_document_tokens: int | None) -> Tokenized:
+        """The query before each document. Raises TooManyTokens if it leaves them no room."""
+        ...
 
     async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded: ...
 
@@ -85,10 +97,14 @@ class Job:
     """A request that can be run: its model answers, and it is within the limits that need no tokens to be counted."""
 
     caller: Caller
-    request: schema.EmbeddingsRequest
+    request: schema.EmbeddingsRequest | schema.RerankRequest
     model: LiveModel
-    texts: Sequence[str] = field(repr=False)  # of the request, with the prompts that it asks for
-    dimensions: int
+    inputs: int
+    inputs_field: str  # where they stand in the request
+    dimensions: int  # of an input's row: 1 if it is a score
+    encoding_format: Literal["float", "base64"] = "float"
+    tokenize: Callable[[], Awaitable[Tokenized]] = field(repr=False)
+    render: Callable[[Reply], bytes] = field(repr=False)
 
 
 class Service:
@@ -143,17 +159,59 @@ class Service:
 
     async def embed(self, call: Call, body: bytes) -> bytes:
         """`POST /v1/embeddings`: the response's body."""
-        job, key = self._prepare(call, body), idempotency.parse_key(call.idempotency_keys)
-        reply = await (self._run(call, job) if key is None else self._run_once(call, job, key))
-        return reply.render()
+        return await self._answer(call, self._embedding(call, body))
 
-    def _prepare(self, call: Call, body: bytes) -> Job:
+    async def rerank(self, call: Call, body: bytes) -> bytes:
+        """`POST /v1/rerank`: the response's body."""
+        return await self._answer(call, self._reranking(call, body))
+
+    def _embedding(self, call: Call, body: bytes) -> Job:
         request = schema.parse(schema.EmbeddingsRequest, body)
         model, prompt = self._asked(call, request)
         dimensions = check_dimensions(model.card, request.dimensions)
         check_strings(model.card, len(request.input))
-        texts = prompted(request.input, prompt)
-        return Job(caller=_caller(call), request=request, model=model, texts=texts, dimensions=dimensions)
+        return Job(
+            caller=_caller(call),
+            request=request,
+            model=model,
+            inputs=len(request.input),
+            inputs_field="input",
+            dimensions=dimensions,
+            encoding_format=request.encoding_format,
+            tokenize=lambda: model.tokenize(prompted(request.input, prompt)),
+            render=Reply.render,
+        )
+
+    def _reranking(self, call: Call, body: bytes) -> Job:
+        request = schema.parse(schema.RerankRequest, body)
+        model, _ = self._resolve(call, request.model)
+        check_task(model.card, Task.RERANK)
+        documents, field = request.ranked, request.ranked_field
+        check_documents(model.card, len(documents), param=field)
+        texts = [document.text for document in documents]
+        return Job(
+            caller=_caller(call),
+            request=request,
+            model=model,
+            inputs=len(documents),
+            inputs_field=field,
+            dimensions=1,
+            tokenize=lambda: model.tokenize_pairs(request.query, texts, request.max_tokens_per_doc),
+            render=lambda reply: ranking.render(
+                reply.vectors[:, 0],
+                documents,
+                model=reply.model,
+                usage=reply.usage,
+                top_n=request.top_n,
+                texts=request.return_documents,
+                cohere=request.documents is not None,
+            ),
+        )
+
+    async def _answer(self, call: Call, job: Job) -> bytes:
+        key = idempotency.parse_key(call.idempotency_keys)
+        reply = await (self._run(call, job) if key is None else self._run_once(call, job, key))
+        return job.render(reply)
 
     async def _run(self, call: Call, job: Job) -> Reply:
         """Without an Idempotency-Key: every success is a call of its own, and billed."""
@@ -166,7 +224,7 @@ class Service:
     async def _run_once(self, call: Call, job: Job, key: str) -> Reply:
         """With one: the first success is computed and billed, and for 24 hours it is the answer to every repetition."""
         canonical = schema.canonical(job.request)
-        reply_bytes = 4 * job.dimensions * len(job.request.input)
+        reply_bytes = 4 * job.dimensions * job.inputs
         claim = await self._books.begin(job.caller, call.route, key, canonical, reply_bytes)
         if isinstance(claim, Reply):
             call.replay_of, call.fingerprint = claim.request_id, claim.fingerprint
@@ -186,15 +244,15 @@ class Service:
             raise
 
     async def _compute(self, call: Call, job: Job) -> Reply:
-        tokenized = await self._tokenize(call, job.model, job.texts)
-        check_tokens(job.model.card, tokenized.packed.tokens)
+        tokenized = await self._tokenize(call, job.tokenize())
+        check_tokens(job.model.card, tokenized.packed.tokens, param=job.inputs_field)
         await self._throttle.spend(job.caller, tokenized.packed.tokens)
         encoded = await self._encode(call, job, tokenized)
         return Reply(
             vectors=vectors.cut(encoded.vectors, job.dimensions),
             model=job.model.card.name,
             usage=tokenized.usage(),
-            encoding_format=job.request.encoding_format,
+            encoding_format=job.encoding_format,
             fingerprint=job.model.card.fingerprint,
             request_id=call.request_id,
         )
@@ -214,7 +272,7 @@ class Service:
             details={
                 "endpoint": call.route,
                 "request_id": call.request_id,
-                "inputs": len(job.request.input),
+                "inputs": job.inputs,
                 "dimensions": job.dimensions,
                 "model_fingerprint": reply.fingerprint,
                 "user": job.request.user,
@@ -227,7 +285,7 @@ class Service:
         request = schema.parse(schema.TokenizeRequest, body)
         model, prompt = self._asked(call, request)
         check_strings(model.card, len(request.input))
-        tokenized = await self._tokenize(call, model, prompted(request.input, prompt))
+        tokenized = await self._tokenize(call, model.tokenize(prompted(request.input, prompt)))
         counts, usage = tokenized.counts(), tokenized.usage()
         return {"object": "list", "data": counts, "model": model.card.name, "usage": usage}
 
@@ -272,6 +330,7 @@ class Service:
         """The model that is meant, and the prompt that goes before each text."""
         model, by_name = self._resolve(call, request.model)
         card = model.card
+        check_task(card, Task.EMBED)
         return model, prompt_for(card.prompts, by_name=by_name, by_field=request.input_type, model=card.name)
 
     def _resolve(self, call: Call, name: str) -> tuple[LiveModel, InputType | None]:
@@ -294,9 +353,9 @@ class Service:
                 raise
             return model, split[1]
 
-    async def _tokenize(self, call: Call, model: LiveModel, texts: Sequence[str]) -> Tokenized:
+    async def _tokenize(self, call: Call, under_way: Awaitable[Tokenized]) -> Tokenized:
         started_s = time.perf_counter()
-        tokenized = await model.tokenize(texts)
+        tokenized = await under_way
         call.tokenize_s = time.perf_counter() - started_s
         return tokenized
 
@@ -320,7 +379,8 @@ def _model(card: ModelCard, id: str) -> dict[str, Any]:
         "created": card.created,
         "owned_by": card.name.partition("/")[0],
         "canonical_name": card.name,
-        "dimensions": card.native_dimensions,
+        "task": card.task,
+        "dimensions": card.native_dimensions if card.task is Task.EMBED else None,
         "max_tokens": card.max_tokens,
         "input_types": ["query", "document"] if card.prompts else [],
     }

@@ -55,22 +55,7 @@ def make_checkpoint(
     seed: int = 0,
 ) -> Path:
     """The folder, filled. pooling: cls, mean, max, lasttoken. context: tokens per input, special ones included."""
-    kind = ARCHITECTURES[architecture]
-    folder.mkdir(parents=True)
-    tokenizer = kind.tokenizer(_corpus(seed), context)
-    tokenizer.save_pretrained(folder)
-    config = transformers.AutoConfig.for_model(
-        architecture,
-        vocab_size=len(tokenizer),
-        initializer_range=kind.weights,
-        pad_token_id=tokenizer.pad_token_id,
-        bos_token_id=tokenizer.bos_token_id,
-        eos_token_id=tokenizer.eos_token_id,
-        **kind.sizes(dimensions, context + kind.positions_before_text),
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(seed)
-        transformers.AutoModel.from_config(config).save_pretrained(folder)
+    _make(folder, architecture, transformers.AutoModel, dimensions=dimensions, context=context, seed=seed)
     modules = {"": "Transformer", "1_Pooling": "Pooling", "2_Normalize": "Normalize"}
     _write(
         folder / "modules.json",
@@ -83,6 +68,38 @@ def make_checkpoint(
     (folder / "2_Normalize").mkdir()
     set_pooling(folder, pooling, dimensions=dimensions)
     return folder
+
+
+def make_reranker(
+    folder: Path, architecture: str, *, labels: int = 1, dimensions: int = 64, context: int = 128, seed: int = 0
+) -> Path:
+    """A cross-encoder's folder, as transformers writes it. context: of query, document and special tokens together."""
+    kind = transformers.AutoModelForSequenceClassification
+    _make(folder, architecture, kind, dimensions=dimensions, context=context, seed=seed, num_labels=labels)
+    return folder
+
+
+def _make(
+    folder: Path, architecture: str, model: Any, *, dimensions: int, context: int, seed: int, **settings: Any
+) -> None:
+    """Tokenizer, configuration and weights."""
+    kind = ARCHITECTURES[architecture]
+    folder.mkdir(parents=True)
+    tokenizer = kind.tokenizer(_corpus(seed), context)
+    tokenizer.save_pretrained(folder)
+    config = transformers.AutoConfig.for_model(
+        architecture,
+        vocab_size=len(tokenizer),
+        initializer_range=kind.weights,
+        pad_token_id=tokenizer.pad_token_id,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **kind.sizes(dimensions, context + kind.positions_before_text),
+        **settings,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model.from_config(config).save_pretrained(folder)
 
 
 def set_pooling(folder: Path, pooling: str, *, dimensions: int) -> None:
@@ -261,7 +278,7 @@ def _write(path: Path, content: object) -> None:
 
 
 if __name__ == "__main__":
-    arguments = argparse.ArgumentParser(description="Make a small checkpoint with random weights.")
+    arguments = argparse.ArgumentParser(description="Make a small embedder with random weights.")
     arguments.add_argument("folder", type=Path)
     arguments.add_argument("architecture", choices=sorted(ARCHITECTURES))
     arguments.add_argument("--pooling", default="mean")

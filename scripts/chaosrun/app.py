@@ -49,6 +49,9 @@ class WatchedModel:
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._model.tokenize(texts)
 
+    async def tokenize_pairs(self, query: str, documents: Sequence[str], max_document_tokens: int | None) -> Tokenized:
+        return await self._model.tokenize_pairs(query, documents, max_document_tokens)
+
     async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
         # The monotonic clock is one for all processes of a machine. A short line is appended whole, and outlives us.
         os.write(self._journal, f"{self._claim} {time.monotonic_ns()}\n".encode())

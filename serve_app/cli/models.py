@@ -26,6 +26,7 @@ from serve_app.cli import config as configs
 from serve_app.cli.config import ConfigPath
 from serve_app.cli.terminal import Failed, Json, say, show_json, show_table
 from serve_app.core.catalog import ModelSpec, Source
+from serve_app.core.known import Task
 
 app = typer.Typer(help="Models and their files.", no_args_is_help=True)
 
@@ -168,7 +169,9 @@ def _row(spec: ModelSpec) -> Row:
 
 
 def dimensions(spec: ModelSpec, folder: Path) -> list[int] | None:
-    """As its files say: the last module that projects, the pooling, or the transformer itself."""
+    """As its files say: the last module that projects, the pooling, or the transformer itself. None: a reranker."""
+    if spec.task is Task.RERANK:
+        return None
     for name, key in (
         ("3_Dense/config.json", "out_features"),
         ("2_Dense/config.json", "out_features"),

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from serve_app.core.errors import TooManyInputs, TooManyTokens, UnsupportedParameter
-from serve_app.core.known import Pooling, known
+from serve_app.core.known import Pooling, Task, known
 from serve_app.core.prompts import Prompts
 from serve_app.core.strict import StrictModel
 
@@ -48,6 +48,7 @@ _LIMITS = {
     SizeClass.XL: ClassLimits(strings=256, tokens=32_768),
 }
 MOST_STRINGS = max(limits.strings for limits in _LIMITS.values())
+MOST_DOCUMENTS = 500  # of one request to rank them, whatever the model's class
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +105,8 @@ class ModelSpec(StrictModel):
     name: Annotated[str, Field(pattern=r"^[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*(/[A-Za-z0-9._]+(-[A-Za-z0-9._]+)*)?$")]
     """The canonical name that responses carry: `BAAI/bge-m3`."""
     source: str
+    task: Task = Task.EMBED
+    """embed, or rerank: a cross-encoder, which reads a query and a document together."""
     size_class: Annotated[SizeClass, Field(alias="class")]
     """Which request limits apply: small, base, large or 7b."""
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
@@ -157,7 +160,7 @@ class ModelSpec(StrictModel):
         if model is None:
             return entry
         facts = model.facts
-        for key in ("class", "native_dimensions", "pooling"):
+        for key in ("task", "class", "native_dimensions", "pooling"):
             if entry.get(key) not in (None, facts[key]):
                 raise ValueError(f"{model.name} has {key} {facts[key]}, the entry says {entry[key]}")
         return {**entry, **{key: fact for key, fact in facts.items() if entry.get(key) is None}}
@@ -172,6 +175,14 @@ class ModelSpec(StrictModel):
     def _device_matches(self) -> ModelSpec:
         if self.device == "cuda" and not self.num_gpus:
             raise ValueError("device is cuda, but num_gpus is 0: say which share of a GPU each replica gets")
+        return self
+
+    @model_validator(mode="after")
+    def _fits_its_task(self) -> ModelSpec:
+        if self.task is Task.RERANK:
+            for name in ("dimensions", "prompts", "pooling", "cache_bytes"):
+                if getattr(self, name):
+                    raise ValueError(f"task is rerank: {name} is for models that embed")
         return self
 
     @model_validator(mode="after")
@@ -210,6 +221,7 @@ class ModelCard:
     reserved_milli_gpus: int = 0
     prompts: Prompts | None = None
     cache_bytes: int = 0
+    task: Task = Task.EMBED
 
     @property
     def unit_sequences(self) -> int:
@@ -236,10 +248,26 @@ def check_strings(card: ModelCard, count: int) -> None:
         raise TooManyInputs(f"{count:,} inputs; {card.name} takes at most {limit:,} a request.", param="input")
 
 
-def check_tokens(card: ModelCard, count: int) -> None:
+def check_tokens(card: ModelCard, count: int, *, param: str = "input") -> None:
     limit = card.size_class.limits.tokens
     if count > limit:
-        raise TooManyTokens(f"{count:,} tokens; {card.name} takes at most {limit:,} a request.", param="input")
+        raise TooManyTokens(f"{count:,} tokens; {card.name} takes at most {limit:,} a request.", param=param)
+
+
+def check_documents(card: ModelCard, count: int, *, param: str) -> None:
+    if count > MOST_DOCUMENTS:
+        limit = f"{card.name} ranks at most {MOST_DOCUMENTS:,} a request"
+        raise TooManyInputs(f"{count:,} documents; {limit}.", param=param)
+
+
+def check_task(card: ModelCard, wanted: Task) -> None:
+    """Raises UnsupportedParameter where the request is not what the model is for."""
+    if card.task is not wanted:
+        what = {
+            Task.EMBED: f"{card.name} embeds texts: send them to POST /v1/embeddings.",
+            Task.RERANK: f"{card.name} ranks documents: send them, and a query, to POST /v1/rerank.",
+        }
+        raise UnsupportedParameter(what[card.task], param="model")
 
 
 def check_dimensions(card: ModelCard, asked: int | None) -> int:

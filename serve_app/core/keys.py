@@ -15,7 +15,7 @@ import orjson
 
 PREFIX = "rp_live_"
 SECRET_BYTES = 32
-ENDPOINTS = ("/v1/embeddings", "/v1/tokenize", "/v1/models", "/v1/usage")  # what a key may be restricted to
+ENDPOINTS = ("/v1/embeddings", "/v1/rerank", "/v1/tokenize", "/v1/models", "/v1/usage")  # a key may be for some
 _ALPHABET = "0123456789ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 _SECRET_CHARACTERS, _CHECKSUM_CHARACTERS = 43, 6  # base62 of 32 bytes, and of a CRC-32
 

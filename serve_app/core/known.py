@@ -11,6 +11,15 @@ from enum import StrEnum
 from serve_app.core.prompts import Prompts
 
 
+class Task(StrEnum):
+    """What a model is for."""
+
+    EMBED = "embed"
+    """A text becomes a vector."""
+    RERANK = "rerank"
+    """A query and a document together become a score."""
+
+
 class Pooling(StrEnum):
     """How token vectors become one: sentence-transformers' names."""
 
@@ -21,7 +30,10 @@ class Pooling(StrEnum):
 
 @dataclass(frozen=True, slots=True)  # by position: one line a model, below
 class KnownModel:
-    """context: tokens per input; parameters: in millions; matryoshka: sizes besides the native one."""
+    """context: tokens per input; parameters: in millions; matryoshka: sizes besides the native one.
+
+    A reranker has no pooling, and one dimension: its score.
+    """
 
     id: str
     name: str
@@ -29,9 +41,10 @@ class KnownModel:
     dimensions: int
     context: int
     parameters: int
-    pooling: Pooling
+    pooling: Pooling | None
     matryoshka: tuple[int, ...] = ()
     prompts: Prompts | None = None
+    task: Task = Task.EMBED
 
     @property
     def facts(self) -> dict[str, object]:
@@ -42,6 +55,7 @@ class KnownModel:
             "native_dimensions": self.dimensions,
             "dimensions": self.matryoshka,
             "pooling": self.pooling,
+            "task": self.task,
         }
 
 
@@ -70,6 +84,8 @@ _MODELS = (
     KnownModel(
         "nomic-embed-text-v1.5", "nomic-ai/nomic-embed-text-v1.5", "base", 768, 8192, 137, _MEAN, prompts=_NOMIC
     ),
+    KnownModel("bge-reranker-large", "BAAI/bge-reranker-large", "large", 1, 512, 560, None, task=Task.RERANK),
+    KnownModel("bge-reranker-v2-m3", "BAAI/bge-reranker-v2-m3", "large", 1, 8192, 568, None, task=Task.RERANK),
 )
 KNOWN = {model.name.lower(): model for model in _MODELS}
 _BY_ID = {model.id.lower(): model for model in _MODELS} | {

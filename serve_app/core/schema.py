@@ -9,13 +9,13 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
-from collections.abc import Iterable, Mapping
-from typing import Annotated, Any, Literal, NoReturn, TypeVar, get_args
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
 import orjson
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, PlainValidator, ValidationError, WithJsonSchema
 
-from serve_app.core.catalog import MOST_STRINGS
+from serve_app.core.catalog import MOST_DOCUMENTS, MOST_STRINGS
 from serve_app.core.errors import (
     InvalidInput,
     InvalidJSON,
@@ -28,8 +28,12 @@ from serve_app.core.errors import (
     nearest,
     shown,
 )
+from serve_app.core.known import Task
 from serve_app.core.prompts import InputType
+from serve_app.core.ranking import Document
 
+MOST_COUNT = 1_000_000  # of documents or tokens, where a request may limit them
+MOST_ID = 512  # characters of a document's id
 _ESCAPED_LETTER = re.compile(rb"\\u00([46][1-9a-f]|[57][0-9a]|5f)", re.IGNORECASE)
 TOKEN_IDS_MESSAGE = (
     "Token ids are not accepted: they belong to one tokenizer's vocabulary, and this model's is another. Send strings. "
@@ -69,9 +73,55 @@ def _check_text(text: Any, param: str) -> None:
         raise InvalidInput(f"{param} holds a NUL character (U+0000); remove it.", param=param)
 
 
+def _checked_query(value: Any) -> str:
+    _check_text(value, "query")
+    return str(value)
+
+
+def _checked_texts(value: Any) -> tuple[Document, ...] | None:
+    return None if value is None else _checked_documents(value, "texts", _text_alone)
+
+
+def _checked_objects(value: Any) -> tuple[Document, ...] | None:
+    return None if value is None else _checked_documents(value, "documents", _text_or_object)
+
+
+def _checked_documents(value: Any, name: str, read: Callable[[Any, str], Document]) -> tuple[Document, ...]:
+    """As with `input`, what is more than may be is only counted, later."""
+    if not isinstance(value, list):
+        raise InvalidInput(f"{name} must be an array.", param=name)
+    if not value:
+        raise InvalidInput(f"{name} is an empty array; send at least one.", param=name)
+    if len(value) > MOST_DOCUMENTS:
+        return (Document(text=""),) * len(value)
+    return tuple(read(item, f"{name}[{index}]") for index, item in enumerate(value))
+
+
+def _text_alone(item: Any, param: str) -> Document:
+    _check_text(item, param)
+    return Document(text=item)
+
+
+def _text_or_object(item: Any, param: str) -> Document:
+    if not isinstance(item, dict):
+        return _text_alone(item, param)
+    if "text" not in item or not item.keys() <= {"id", "text"}:
+        raise InvalidInput(f"{param} must be a string or an object of text and, if you like, id.", param=param)
+    _check_text(item["text"], f"{param}.text")
+    id = item.get("id")
+    if id is not None and (not isinstance(id, str) or not 1 <= len(id) <= MOST_ID):
+        raise InvalidInput(f"{param}.id must be a string of 1 to {MOST_ID} characters.", param=f"{param}.id")
+    return Document(text=item["text"], id=id)
+
+
 def _absent_if_null(default: Any) -> BeforeValidator:
     """Clients that send null for what they leave out mean the default."""
     return BeforeValidator(lambda value: default if value is None else value)
+
+
+def _whole(value: Any) -> Any:
+    """JSON has one kind of number: 3.0 is an integer."""
+    return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
 Texts = Annotated[
@@ -87,6 +137,30 @@ Texts = Annotated[
         }
     ),
 ]
+_TEXT: dict[str, Any] = {"type": "string", "minLength": 1}
+_OBJECT: dict[str, Any] = {
+    "type": "object",
+    "properties": {"text": _TEXT, "id": _TEXT | {"maxLength": MOST_ID}},
+    "required": ["text"],
+    "additionalProperties": False,
+}
+
+
+def _documents_schema(item: dict[str, Any]) -> WithJsonSchema:
+    return WithJsonSchema({"type": "array", "items": item, "minItems": 1, "maxItems": MOST_DOCUMENTS})
+
+
+Query = Annotated[
+    str,
+    PlainValidator(_checked_query),
+    WithJsonSchema(_TEXT | {"description": "What documents are ranked by. It must leave them room in the context."}),
+]
+PlainDocuments = Annotated[tuple[Document, ...] | None, PlainValidator(_checked_texts), _documents_schema(_TEXT)]
+Documents = Annotated[
+    tuple[Document, ...] | None,
+    PlainValidator(_checked_objects),
+    _documents_schema({"anyOf": [_TEXT, _OBJECT]}),
+]
 GroupBy = Literal["day", "model", "api_key"]
 GROUPS: tuple[GroupBy, ...] = get_args(GroupBy)
 ModelName = Annotated[str, Field(description="Short id or canonical name, in any case: see GET /v1/models.")]
@@ -97,8 +171,14 @@ AskedInputType = Annotated[
 ]
 
 
+Count = Annotated[int, Field(ge=1, le=MOST_COUNT), BeforeValidator(_whole)]
+EndUser = Annotated[Annotated[str, Field(max_length=256)] | None, Field(description="Your end user, for usage.")]
+
+
 class _Request(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    one_of: ClassVar[tuple[str, ...]] = ()
+    """Fields of which a request has exactly one."""
 
     def __repr_args__(self) -> Iterable[tuple[str | None, Any]]:
         """None: whatever prints a request by mistake prints no text of a caller."""
@@ -112,8 +192,33 @@ class EmbeddingsRequest(_Request):
     input: Texts
     encoding_format: Annotated[Literal["float", "base64"], _absent_if_null("float")] = "float"
     dimensions: Annotated[Annotated[int, Field(ge=1)] | None, Field(description="Default: the native size.")] = None
-    user: Annotated[Annotated[str, Field(max_length=256)] | None, Field(description="Your end user, for usage.")] = None
+    user: EndUser = None
     input_type: AskedInputType = None
+
+
+class RerankRequest(_Request):
+    """The body of `POST /v1/rerank`: one of `texts` and `documents`."""
+
+    model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["texts"]}, {"required": ["documents"]}]})
+    one_of: ClassVar[tuple[str, ...]] = ("texts", "documents")
+
+    model: ModelName
+    query: Query
+    texts: PlainDocuments = None
+    documents: Documents = None
+    top_n: Annotated[Count | None, Field(description="Default: all.")] = None
+    return_documents: Annotated[bool, _absent_if_null(False), Field(description="Texts in `rankings`, too.")] = False
+    max_tokens_per_doc: Annotated[Count | None, Field(description="Longer documents are cut.")] = None
+    user: EndUser = None
+
+    @property
+    def ranked(self) -> tuple[Document, ...]:
+        """What is ranked, whichever field it came in."""
+        return self.documents or self.texts or ()
+
+    @property
+    def ranked_field(self) -> str:
+        return "documents" if self.documents else "texts"
 
 
 class TokenizeRequest(_Request):
@@ -193,6 +298,36 @@ class EmbeddingsResponse(BaseModel):
     usage: Usage
 
 
+class Score(BaseModel):
+    index: int
+    score: float = Field(description="0 to 1: the sigmoid of what the model says.")
+
+
+class Ranking(Score):
+    id: str | None = Field(None, description="The document's, if it came with one.")
+    text: str | None = Field(None, description="With `return_documents`.")
+
+
+class RankedText(BaseModel):
+    text: str
+
+
+class Result(Ranking):
+    relevance_score: float | None = Field(None, description="The score again, where the request had `documents`.")
+    document: RankedText | None = Field(None, description="With `documents` and `return_documents`.")
+
+
+class RerankResponse(BaseModel):
+    object: Literal["runinfra.rerank"]
+    model: str
+    upstream_model: str
+    scores: list[Score] = Field(description="In the order of the documents.")
+    rankings: list[Ranking] = Field(description="Best first, at most `top_n`.")
+    results: list[Result] = Field(description="The same.")
+    document_count: int
+    usage: Usage
+
+
 class TokenCount(BaseModel):
     object: Literal["token_count"]
     index: int
@@ -213,7 +348,8 @@ class Model(BaseModel):
     created: int
     owned_by: str
     canonical_name: str
-    dimensions: int
+    task: Task = Field(description="`embed`: for `/v1/embeddings`; `rerank`: for `/v1/rerank`.")
+    dimensions: int | None = Field(description="Of its vectors; null: it ranks documents.")
     max_tokens: int
     input_types: list[InputType] = Field(description="What `input_type` may say: nothing, if the model has no prompts.")
 
@@ -305,12 +441,17 @@ def _check_names(kind: type[_Request], fields: Mapping[str, Any]) -> None:
     for name, field in kind.model_fields.items():
         if field.is_required() and name not in fields:
             raise MissingRequiredField(f"The field {name!r} is required.", param=name)
+    given = [name for name in kind.one_of if fields.get(name) is not None]
+    if kind.one_of and not given:
+        raise MissingRequiredField(f"One of {' and '.join(kind.one_of)} is required.", param=kind.one_of[-1])
     for name in fields:
         if name not in kind.model_fields:
             hint = did_you_mean(nearest(name[:64], kind.model_fields))
             raise UnknownParameter(
                 f"There is no parameter {shown(name)} here.{hint}", param=name if is_name(name) else None
             )
+    if len(given) > 1:
+        raise InvalidInput(f"Send one of {' and '.join(kind.one_of)}, not both.", param=given[-1])
 
 
 def _check_duplicates(body: bytes, fields: Iterable[str]) -> None:
@@ -336,14 +477,22 @@ def _explain_json(body: bytes) -> NoReturn:
     """orjson refused it. A lone surrogate (half of a UTF-16 pair) is JSON to others: then say which item holds it."""
     try:
         fields = json.loads(body)
-        texts = fields.get("input") if isinstance(fields, dict) else None
     except (ValueError, RecursionError):
-        texts = None
-    for index, text in enumerate(texts if isinstance(texts, list) else [texts]):
+        fields = None
+    for param, text in _texts_in(fields) if isinstance(fields, dict) else ():
         if isinstance(text, str) and any("\ud800" <= char <= "\udfff" for char in text):
-            param = f"input[{index}]" if isinstance(texts, list) else "input"
             raise InvalidInput(f"{param} holds a lone surrogate, which is no character; remove it.", param=param)
     raise InvalidJSON("The body is not valid JSON in UTF-8.")
+
+
+def _texts_in(fields: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:
+    """What may be a caller's text, and where it stands."""
+    for name in ("input", "query", "texts", "documents"):
+        value = fields.get(name)
+        for index, item in enumerate(value) if isinstance(value, list) else ():
+            param = f"{name}[{index}]"
+            yield (f"{param}.text", item.get("text")) if isinstance(item, dict) else (param, item)
+        yield name, value
 
 
 def _bad_value(field: str) -> ServiceError:
@@ -352,6 +501,10 @@ def _bad_value(field: str) -> ServiceError:
             return UnsupportedParameter("encoding_format must be 'float' or 'base64'.", param=field)
         case "dimensions":
             return UnsupportedParameter("dimensions must be a positive integer.", param=field)
+        case "top_n" | "max_tokens_per_doc":
+            return UnsupportedParameter(f"{field} must be an integer from 1 to {MOST_COUNT:,}.", param=field)
+        case "return_documents":
+            return UnsupportedParameter("return_documents must be true or false.", param=field)
         case "input_type":
             return UnsupportedParameter("input_type must be 'query' or 'document'.", param=field)
         case "user":

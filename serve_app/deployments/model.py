@@ -21,7 +21,7 @@ from serve_app.core.packing import Packed, Share
 from serve_app.core.truncation import Tokenized
 from serve_app.deployments.encoder import Description, OtherFingerprint
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
-from serve_app.encoders.tokenizer import Tokenizer, join
+from serve_app.encoders.tokenizer import DocumentTokenizer, PairTokenizer, Tokenizer, join
 from serve_app.recall import Answered, Recall
 
 REPLACED_S = 1.0  # after a replica of another kind has answered: the next look at Serve's status is due by then
@@ -43,14 +43,21 @@ class Threads:
         self._long = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2), thread_name_prefix="tokenize-long")
         self._endless = ThreadPoolExecutor(1, thread_name_prefix="tokenize-endless")
 
-    async def tokenize(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenized:
+    async def tokenize(self, tokenizer: Tokenizer | DocumentTokenizer, texts: Sequence[str]) -> Tokenized:
         loop, short = asyncio.get_running_loop(), sum(map(len, texts)) <= SHORT_CHARACTERS
-        parts = []
-        for piece in _slices(texts):
-            endless = len(piece) == 1 and len(piece[0]) > SLICE_CHARACTERS  # it cannot be sliced: its count is exact
-            thread = self._endless if endless else self._short if short else self._long
-            parts.append(await loop.run_in_executor(thread, tokenizer, piece))
+        parts = [
+            await loop.run_in_executor(self._thread_for(piece, short=short), tokenizer, piece)
+            for piece in _slices(texts)
+        ]
         return join(parts)
+
+    async def query(self, tokenizer: PairTokenizer, text: str, max_document_tokens: int | None) -> DocumentTokenizer:
+        thread = self._thread_for([text], short=len(text) <= SHORT_CHARACTERS)
+        return await asyncio.get_running_loop().run_in_executor(thread, tokenizer.query, text, max_document_tokens)
+
+    def _thread_for(self, piece: Sequence[str], *, short: bool) -> ThreadPoolExecutor:
+        endless = len(piece) == 1 and len(piece[0]) > SLICE_CHARACTERS  # it cannot be sliced: its count is exact
+        return self._endless if endless else self._short if short else self._long
 
 
 def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
@@ -80,6 +87,7 @@ class Ready:
         self._handle = handle
         self._is_deployed = is_deployed
         self._tokenizer = Tokenizer(description.tokenizer_json, card.max_tokens)
+        self._pairs = PairTokenizer(description.tokenizer_json, card.max_tokens)
         self._threads = threads
         self.stale = False
         self.dispatcher = Dispatcher(
@@ -94,6 +102,10 @@ class Ready:
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._threads.tokenize(self._tokenizer, texts)
+
+    async def tokenize_pairs(self, query: str, documents: Sequence[str], max_document_tokens: int | None) -> Tokenized:
+        tokenizer = await self._threads.query(self._pairs, query, max_document_tokens)
+        return await self._threads.tokenize(tokenizer, documents)
 
     async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
         try:

@@ -12,6 +12,8 @@ from serve_app.core.catalog import ModelCard, ModelSpec
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 
+SAME_SCORE = 0.02  # what a reranker's score may differ by from batch to batch, in bfloat16
+
 
 class Encoder(Protocol):
     @property
@@ -28,7 +30,9 @@ class Encoder(Protocol):
         ...
 
     def encode(self, packed: Packed) -> Vectors:
-        """float32 [sequences, native dimensions], unit length, finite; the same whatever shares the batch.
+        """float32 [sequences, native dimensions], finite; the same whatever shares the batch.
+
+        Of a model that embeds: of unit length. Of one that ranks: [pairs, 1], the score, 0 to 1.
 
         Blocking; two threads may call it at once. Raises RuntimeError, or MemoryError when a GPU has too little.
         """

@@ -13,20 +13,22 @@ import os
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import cast
+from typing import Any, TypeAlias, cast
 
 import numpy as np
 import torch
 from sentence_transformers import SentenceTransformer
-from sentence_transformers.sentence_transformer.modules import Pooling
+from sentence_transformers.sentence_transformer.modules import Normalize, Pooling
 from transformers.utils import logging as transformers_logging
 
 from serve_app.core.catalog import ModelCard, ModelSpec, Source
+from serve_app.core.known import Task
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import manifest
+from serve_app.encoders import SAME_SCORE, manifest
 from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward, first_position
 from serve_app.encoders.padded import PaddedForward
+from serve_app.encoders.reranking import open_reranker
 from serve_app.encoders.sources import fetch
 
 logger = logging.getLogger(__name__)
@@ -37,6 +39,7 @@ PROBE_LENGTHS = (4, 19, 150, 5, 500, 33)  # tokens
 AGREES = 0.999  # cosine of packed to padded in the model's own dtype; bfloat16 alone makes them differ by about 1e-4
 
 Forward = Callable[[Packed], Vectors]
+Model: TypeAlias = Any  # a SentenceTransformer or a Reranker: modules, the first of them the transformer
 
 
 class LoadedEncoder:
@@ -83,10 +86,12 @@ def load(spec: ModelSpec) -> LoadedEncoder:
     if spec.deterministic:  # so that element-wise work is cut where the CPU's vectors end: a tail has other last bits
         threads = 1 << (threads.bit_length() - 1)
     torch.set_num_threads(threads)
-    model = _open(folder, device, dtype, trust_remote_code=spec.trust_remote_code)
+    model = _open(spec, folder, device, dtype)
     tokenizer_json = model.tokenizer.backend_tokenizer.to_str()
     weights = manifest.hashes(folder)
     card = _card(spec, folder, weights, model, tokenizer_json)
+    if spec.task is Task.EMBED:
+        model.append(Normalize())
     with torch.inference_mode():
         forward = _forward(spec, model, card, fixed_rows=device == "cpu")
     encoder = LoadedEncoder(
@@ -113,24 +118,38 @@ def choose_dtype(wanted: str, device: str) -> torch.dtype:
     return torch.bfloat16 if fast else torch.float32
 
 
-def _open(folder: Path, device: str, dtype: torch.dtype, *, trust_remote_code: bool) -> SentenceTransformer:
+def _open(spec: ModelSpec, folder: Path, device: str, dtype: torch.dtype) -> Model:
     transformers_logging.disable_progress_bar()
-    model = SentenceTransformer(
-        str(folder),
-        device=device,
-        local_files_only=True,
-        trust_remote_code=trust_remote_code,
-        model_kwargs={"use_safetensors": True, "dtype": dtype},
-    )
+    if spec.task is Task.RERANK:
+        try:
+            model: Model = open_reranker(folder, device, dtype, trust_remote_code=spec.trust_remote_code)
+        except ValueError as error:
+            raise ValueError(f"model {spec.id}: {error}") from error
+    elif _is_classifier(folder):
+        raise ValueError(f"model {spec.id}: its files are a classifier's. If it ranks documents, say `task: rerank`")
+    else:
+        model = SentenceTransformer(
+            str(folder),
+            device=device,
+            local_files_only=True,
+            trust_remote_code=spec.trust_remote_code,
+            model_kwargs={"use_safetensors": True, "dtype": dtype},
+        )
     model[0].auto_model.config.use_cache = False  # a decoder would keep keys and values that nobody reads
     for head in list(model)[1:]:
         head.float()
     return model.eval()
 
 
-def _card(
-    spec: ModelSpec, folder: Path, weights: dict[str, str], model: SentenceTransformer, tokenizer_json: str
-) -> ModelCard:
+def _is_classifier(folder: Path) -> bool:
+    """sentence-transformers would put mean pooling on it, and vectors of that mean nothing."""
+    if (folder / "modules.json").exists() or not (folder / "config.json").exists():
+        return False
+    architectures = json.loads((folder / "config.json").read_bytes()).get("architectures") or []
+    return any(name.endswith("ForSequenceClassification") for name in architectures)
+
+
+def _card(spec: ModelSpec, folder: Path, weights: dict[str, str], model: Model, tokenizer_json: str) -> ModelCard:
     """The facts, where the entry does not contradict them."""
     native, context = model.get_embedding_dimension(), _context(model)
     if native is None:
@@ -173,16 +192,17 @@ def _card(
         reserved_milli_gpus=spec.reserved_milli_gpus,
         prompts=spec.prompts,
         cache_bytes=spec.cache_bytes,
+        task=spec.task,
     )
 
 
-def _pooling(model: SentenceTransformer) -> str:
+def _pooling(model: Model) -> str:
     """By sentence-transformers' name; of several that are joined, all."""
     modes = [module.pooling_mode for module in model if isinstance(module, Pooling)]
     return " + ".join(mode if isinstance(mode, str) else "/".join(mode) for mode in modes) or "none"
 
 
-def _context(model: SentenceTransformer) -> int:
+def _context(model: Model) -> int:
     """Tokens that one input may have: what sentence-transformers truncates to, as far as there are positions."""
     transformer = model[0].auto_model
     positions = getattr(transformer.config, "max_position_embeddings", None)
@@ -191,7 +211,7 @@ def _context(model: SentenceTransformer) -> int:
     return min(int(model.max_seq_length or positions), int(positions) - first_position(transformer))
 
 
-def _steady_tokens(model: SentenceTransformer) -> int | None:
+def _steady_tokens(model: Model) -> int | None:
     """Up to where positions mean the same in any company. `dynamic` ones change beyond all positions there are only."""
     rope = getattr(model[0].auto_model.config, "rope_parameters", None) or {}
     kinds = [rope, *(kind for kind in rope.values() if isinstance(kind, dict))]
@@ -209,7 +229,7 @@ def _files(spec: ModelSpec, folder: Path, weights: dict[str, str]) -> str:
     return hashlib.sha256(b"".join(bytes.fromhex(files[path]) for path in sorted(files))).hexdigest()
 
 
-def _forward(spec: ModelSpec, model: SentenceTransformer, card: ModelCard, *, fixed_rows: bool) -> Forward:
+def _forward(spec: ModelSpec, model: Model, card: ModelCard, *, fixed_rows: bool) -> Forward:
     """The packed forward if it says what the padded one says, else the padded one."""
     transformer = model[0].auto_model
     padded, probe = PaddedForward(model, alone=spec.deterministic), _probe(card)
@@ -218,9 +238,8 @@ def _forward(spec: ModelSpec, model: SentenceTransformer, card: ModelCard, *, fi
         transformer.set_attn_implementation(ATTENTION)
         packed = PackedForward(model, fixed_rows=fixed_rows, deterministic=spec.deterministic)
         vectors = packed(probe)
-        agreement = float((vectors * expected).sum(axis=1).min())
-        reason = f"cosine {agreement:.4f} to the padded one"
-        if agreement >= AGREES:
+        reason = _difference(card, vectors, expected)
+        if reason is None:
             if not spec.deterministic or _is_the_same_alone(packed, probe, vectors):
                 return packed
             reason = "a vector's last bits depend on what shares its unit"
@@ -229,6 +248,15 @@ def _forward(spec: ModelSpec, model: SentenceTransformer, card: ModelCard, *, fi
     logger.warning("%s: the packed forward does not fit this model (%s); serving padded batches", spec.id, reason)
     transformer.set_attn_implementation(own_attention)
     return padded
+
+
+def _difference(card: ModelCard, found: Vectors, expected: Vectors) -> str | None:
+    """In words; None if they say the same."""
+    if card.task is Task.RERANK:
+        apart = float(np.abs(found - expected).max())
+        return None if apart <= SAME_SCORE else f"scores {apart:.4f} apart from the padded one's"
+    agreement = float((found * expected).sum(axis=1).min())
+    return None if agreement >= AGREES else f"cosine {agreement:.4f} to the padded one"
 
 
 def _is_the_same_alone(forward: Forward, packed: Packed, vectors: Vectors) -> bool:
@@ -240,7 +268,8 @@ def _is_the_same_alone(forward: Forward, packed: Packed, vectors: Vectors) -> bo
 def _probe(card: ModelCard) -> Packed:
     """A few sequences of different lengths, the same ids at every start."""
     lengths = np.array([min(length, card.max_tokens) for length in PROBE_LENGTHS], np.int32)
-    return Packed(ids=_PROBE_IDS[: int(lengths.sum())], lengths=lengths)
+    firsts = lengths // 2 if card.task is Task.RERANK else None
+    return Packed(ids=_PROBE_IDS[: int(lengths.sum())], lengths=lengths, firsts=firsts)
 
 
 _PROBE_IDS = np.arange(sum(PROBE_LENGTHS), dtype=np.int32) % 89 + 5  # small ids: every vocabulary has them

@@ -2,7 +2,7 @@
 
 It plugs into transformers' attention registry under its own name; inside attention, sequences are padded to the next
 multiple of 16, so that a batch of mixed lengths is a handful of matrix products. Pooling and what follows it are the
-model's own sentence-transformers modules, run over the same buckets.
+model's own modules, run over the same buckets.
 """
 
 from __future__ import annotations
@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from sentence_transformers import SentenceTransformer
 from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
@@ -106,8 +105,10 @@ AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 class PackedForward:
     """`forward(Packed)` for one model on one device."""
 
-    def __init__(self, model: SentenceTransformer, *, fixed_rows: bool, deterministic: bool = False) -> None:
-        """fixed_rows: pad the packed row to a few lengths; on a CPU each new one costs milliseconds the first time.
+    def __init__(self, model: Any, *, fixed_rows: bool, deterministic: bool = False) -> None:
+        """model: a SentenceTransformer, or a Reranker, which looks like one.
+
+        fixed_rows: pad the packed row to a few lengths; on a CPU each new one costs milliseconds the first time.
 
         deterministic: a sequence's vector is the same to the bit, whatever shares its unit. Every product has so many
         rows, and attention sees a sequence at a width that is its own.
@@ -122,7 +123,7 @@ class PackedForward:
         self._first_position = first_position(self._transformer)
 
     def __call__(self, packed: Packed) -> Vectors:
-        """float32 [sequences, dimensions], unit length, in the order given."""
+        """float32 [sequences, dimensions], in the order given."""
         order = np.argsort(packed.lengths, kind="stable")
         lengths = packed.lengths[order]
         starts = np.concatenate(([0], np.cumsum(packed.lengths)[:-1]))[order]
@@ -130,14 +131,21 @@ class PackedForward:
         rows = rows_for(total) if self._fixed_rows else total
         offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         ids, positions = np.zeros((2, rows), np.int64)
-        ids[:total] = packed.ids[np.repeat(starts, lengths) + offsets]
+        chosen = np.repeat(starts, lengths) + offsets
+        ids[:total] = packed.ids[chosen]
         positions[:total] = self._positions(ids[:total], lengths, offsets)
         buckets = self._buckets(lengths)
+        pairs = {}
+        if packed.firsts is not None:
+            types = np.zeros(rows, np.int64)
+            types[:total] = packed.types()[chosen]
+            pairs = {"token_type_ids": self._tensor(types)[None]}
         hidden = self._transformer(
             input_ids=self._tensor(ids)[None],
             position_ids=self._tensor(positions)[None] + self._first_position,
             attention_mask=None,
             buckets=buckets,
+            **pairs,
         ).last_hidden_state[0]
         pooled = torch.cat([self._pool(hidden, bucket) for bucket in buckets])
         vectors = np.empty(pooled.shape, np.float32)
@@ -170,13 +178,13 @@ class PackedForward:
         return buckets
 
     def _pool(self, hidden: torch.Tensor, bucket: Bucket) -> torch.Tensor:
-        """The model's own pooling and what follows it, in float32."""
+        """The model's own pooling or score, and what follows it, in float32."""
         embeddings = hidden[bucket.index].float()
         mask = torch.ones(bucket.index.shape, device=hidden.device) if bucket.real is None else bucket.real.float()
         features = {"token_embeddings": embeddings, "attention_mask": mask}
         for module in self._head:
             features = module(features)
-        return functional.normalize(features["sentence_embedding"])
+        return features["sentence_embedding"]
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)

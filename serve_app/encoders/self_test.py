@@ -19,11 +19,14 @@ from typing import Any
 import numpy as np
 
 from serve_app.core.catalog import ModelSpec
+from serve_app.core.known import Task
+from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import Encoder
-from serve_app.encoders.tokenizer import Tokenizer
+from serve_app.encoders import SAME_SCORE, Encoder
+from serve_app.encoders.tokenizer import PairTokenizer, Tokenizer
 
 SAME = 0.9999  # cosine: what the same text may differ by from batch to batch, and a damaged model does not reach
+QUERY = "Who jumps over a dog?"
 TEXTS = (
     "a",
     "The quick brown fox jumps over the lazy dog.",
@@ -32,12 +35,17 @@ TEXTS = (
     "Invoices are rounded once, where a line is made; retries are neither computed nor billed again. " * 12,
 )
 
+ENTRY = {"source", "dtype", "max_tokens", "deterministic"}
+
 logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Record:
-    """What a model said. entry: what its entry said then; tokens: ids of each text; vectors: float32, in base64."""
+    """What a model said. entry: what its entry said then; tokens: ids of each text; vectors: float32, in base64.
+
+    Of one that ranks: of each text as a document to one query, and vectors of one number, the score.
+    """
 
     entry: dict[str, Any]
     weights: dict[str, str]  # SHA-256 of each file
@@ -47,10 +55,12 @@ class Record:
 
     @classmethod
     def of(cls, spec: ModelSpec, encoder: Encoder) -> Record:
-        packed = Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS).packed
+        packed, entry = _tokens(encoder), spec.model_dump(mode="json", include=ENTRY)
+        if spec.task is not Task.EMBED:  # came later than records that are kept
+            entry["task"] = spec.task.value
         ids = np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
         return cls(
-            entry=spec.model_dump(mode="json", include={"source", "dtype", "max_tokens", "deterministic"}),
+            entry=entry,
             weights=encoder.weights,
             dtype=encoder.card.dtype,
             tokens=[row.tolist() for row in ids],
@@ -73,8 +83,17 @@ class Record:
             return f"gives {rows.shape[1]:,} dimensions, recorded were {before.shape[1]:,}"
         if self.entry["deterministic"] and not np.array_equal(rows, before):
             return "gives vectors that are not the recorded ones to the bit, which `deterministic` promises"
+        if self.entry.get("task") == Task.RERANK:
+            apart = float(np.abs(rows - before).max())
+            return None if apart <= SAME_SCORE else f"gives scores that are {apart:.4f} apart from those recorded"
         cosine = float((rows.astype(np.float64) * before).sum(axis=1).min())
         return None if cosine >= SAME else f"gives vectors with a cosine of {cosine:.6f} to those recorded"
+
+
+def _tokens(encoder: Encoder) -> Packed:
+    if encoder.card.task is Task.RERANK:
+        return PairTokenizer(encoder.tokenizer_json, encoder.card.max_tokens).query(QUERY)(TEXTS).packed
+    return Tokenizer(encoder.tokenizer_json, encoder.card.max_tokens)(TEXTS).packed
 
 
 def hold(spec: ModelSpec, encoder: Encoder) -> None:

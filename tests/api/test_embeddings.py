@@ -471,7 +471,13 @@ async def test_tokenize_counts_what_is_too_much_to_embed() -> None:
 def test_models_are_listed_by_id(client: openai.OpenAI) -> None:
     (model,) = client.models.list().data
     assert (model.id, model.owned_by, model.created) == (ID, "sentence-transformers", CARD.created)
-    assert model.model_extra == {"canonical_name": NAME, "dimensions": 384, "max_tokens": 256, "input_types": []}
+    assert model.model_extra == {
+        "canonical_name": NAME,
+        "task": "embed",
+        "dimensions": 384,
+        "max_tokens": 256,
+        "input_types": [],
+    }
 
 
 @pytest.mark.parametrize("name", [ID, NAME, NAME.upper()])
@@ -525,6 +531,7 @@ async def test_the_openapi_page_shows_every_route_and_what_it_answers() -> None:
     routes = {f"{method.upper()} {path}" for path, methods in page["paths"].items() for method in methods}
     assert routes == {
         "POST /v1/embeddings",
+        "POST /v1/rerank",
         "POST /v1/tokenize",
         "GET /v1/models",
         "GET /v1/models/{id}",

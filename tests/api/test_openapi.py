@@ -11,10 +11,10 @@ from schemathesis.config import SchemathesisConfig
 
 from serve_app.api import build_app
 from serve_app.core.prompts import Prompts
-from tests.service.fakes import AUTHORIZATION, CARD, KEY, FakeModel, FakeModels, card, service_over
+from tests.service.fakes import AUTHORIZATION, CARD, KEY, RERANKER, FakeModel, FakeModels, card, service_over
 
 SERVED = card(prompts=Prompts(query="search for this: "))
-APP = build_app(service_over(FakeModels(FakeModel(SERVED))), max_body_bytes=1_000_000)
+APP = build_app(service_over(FakeModels(FakeModel(SERVED), FakeModel(RERANKER))), max_body_bytes=1_000_000)
 DAYS = {"from": "2026-01-01", "to": "2026-12-31"}
 some_examples = settings(
     max_examples=60, deadline=None, derandomize=True, database=None, suppress_health_check=list(HealthCheck)
@@ -28,13 +28,19 @@ def page_with(config: dict[str, Any]) -> Any:
     )
 
 
+def model_for(body: dict[str, Any]) -> str:
+    return RERANKER.name if "query" in body else CARD.name
+
+
 # How many dimensions a model has, no schema tells: some of what it allows is refused.
 ANYTHING = page_with({"checks": {"positive_data_acceptance": {"enabled": False}}})
 
 
 @ANYTHING.hook("map_body")
 def about_a_model_that_is_served(context: Any, body: Any) -> Any:
-    return body | {"model": CARD.name} if isinstance(body, dict) and isinstance(body.get("model"), str) else body
+    if not isinstance(body, dict) or not isinstance(body.get("model"), str):
+        return body
+    return body | {"model": model_for(body)}
 
 
 # What it allows is accepted once the request is about a model that is served. NUL: JSON Schema's patterns could say
@@ -44,7 +50,7 @@ ALLOWED = page_with({"generation": {"mode": "positive", "allow-x00": False}})
 
 @ALLOWED.hook("map_body")
 def about_what_that_model_has(context: Any, body: dict[str, Any]) -> dict[str, Any]:
-    served = {"model": CARD.name, "dimensions": CARD.other_dimensions[0]}
+    served = {"model": model_for(body), "dimensions": CARD.other_dimensions[0]}
     return body | {field: served[field] for field in served if body.get(field) is not None}
 
 

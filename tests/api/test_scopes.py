@@ -14,12 +14,13 @@ from serve_app.api import OPEN, build_app
 from serve_app.core import keys
 from serve_app.core.keys import ENDPOINTS, ApiKey, Plan, Workspace
 from serve_app.stores import Store, open_store
-from tests.service.fakes import FakeModel, FakeModels, card, service_over
+from tests.service.fakes import RERANKER, FakeModel, FakeModels, card, service_over
 
 KEY = keys.mint(bytes([9] * keys.SECRET_BYTES))
 ONE, OTHER = card(), card(id="bge-m3", name="BAAI/bge-m3", fingerprint="ba9876543210")
 REQUESTS: dict[str, tuple[str, dict[str, Any] | None]] = {
     "/v1/embeddings": ("POST", {"model": ONE.id, "input": "hello"}),
+    "/v1/rerank": ("POST", {"model": RERANKER.id, "query": "hello", "texts": ["hello"]}),
     "/v1/tokenize": ("POST", {"model": ONE.id, "input": "hello"}),
     "/v1/models": ("GET", None),
     "/v1/usage": ("GET", None),
@@ -37,7 +38,7 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 async def client(store: Store, **scope: Any) -> httpx.AsyncClient:
     key = ApiKey(id="key", workspace="ws", name="test", digest=keys.digest(KEY), created_ms=0, **scope)
     await store.put_key(key)
-    service = service_over(FakeModels(FakeModel(ONE), FakeModel(OTHER)), store=store)
+    service = service_over(FakeModels(FakeModel(ONE), FakeModel(OTHER), FakeModel(RERANKER)), store=store)
     return httpx.AsyncClient(
         transport=httpx.ASGITransport(build_app(service, max_body_bytes=100_000)),
         base_url="http://test",

@@ -175,8 +175,10 @@ def test_the_store_is_the_one_that_the_service_would_use(
 
 
 def test_the_projects_own_configs_are_sound() -> None:
-    for path in ("deployments.yaml", "deploy/gpu.yaml"):
-        assert bad(checks.config(config.read(ROOT / path))) == []
+    configs = [ROOT / "deployments.yaml", *(ROOT / "deploy").glob("*.yaml")]
+    assert len(configs) >= 3
+    for path in configs:
+        assert bad(checks.config(config.read(path))) == []
 
 
 def test_a_fault_in_an_entry_names_it_and_the_right_word(tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from serve_app.core.catalog import (
     names_in,
 )
 from serve_app.core.errors import TooManyInputs, TooManyTokens, UnsupportedParameter
-from serve_app.core.known import KNOWN, KnownModel
+from serve_app.core.known import KNOWN, KnownModel, Task
 from serve_app.core.prompts import Prompts
 
 quick = settings(max_examples=200, deadline=None)
@@ -266,7 +266,7 @@ def test_of_a_known_model_an_entry_says_where_it_lies_and_no_more(model: KnownMo
         entry = ModelSpec.model_validate({"id": short, "source": "/models/it"})
         assert (entry.id, entry.name, entry.size_class) == (short, model.name, model.size_class)
         assert (entry.native_dimensions, entry.dimensions) == (model.dimensions, model.matryoshka)
-        assert entry.pooling == model.pooling
+        assert (entry.pooling, entry.task) == (model.pooling, model.task)
     named = ModelSpec.model_validate({"id": "mine", "name": model.name, "source": "/models/it"})
     assert (named.id, named.name, named.size_class) == ("mine", model.name, model.size_class)
 
@@ -277,6 +277,7 @@ def test_of_a_known_model_an_entry_says_where_it_lies_and_no_more(model: KnownMo
         ("class", "small", "BAAI/bge-m3 has class large, the entry says small"),
         ("native_dimensions", 768, "BAAI/bge-m3 has native_dimensions 1024, the entry says 768"),
         ("pooling", "mean", "BAAI/bge-m3 has pooling cls, the entry says mean"),
+        ("task", "rerank", "BAAI/bge-m3 has task embed, the entry says rerank"),
     ],
 )
 def test_an_entry_that_contradicts_what_is_known_is_refused_with_both_values(key: str, value: Any, told: str) -> None:
@@ -302,7 +303,7 @@ def test_an_entry_under_a_known_id_and_another_name_is_another_model() -> None:
 
 
 @pytest.mark.parametrize("odd", [5, None, ["bge-m3"], {"a": 1}])
-@pytest.mark.parametrize("key", ["id", "name", "class", "pooling", "native_dimensions", "prompts"])
+@pytest.mark.parametrize("key", ["id", "name", "class", "pooling", "native_dimensions", "prompts", "task"])
 def test_odd_values_are_refused_as_what_they_are(key: str, odd: Any) -> None:
     entry = {"id": "bge-m3", "name": "BAAI/bge-m3", "source": "/models/it", key: odd}
     if odd is None and key != "id":  # null says nothing
@@ -321,6 +322,16 @@ def test_an_entry_of_an_unknown_model_says_its_name_and_class() -> None:
 def test_sizes_of_a_known_model_are_smaller_than_its_own_and_names_are_told_apart() -> None:
     assert all(size < model.dimensions for model in KNOWN.values() for size in model.matryoshka)
     assert len({model.id.lower() for model in KNOWN.values()}) == len(KNOWN)
+
+
+@pytest.mark.parametrize(
+    "setting", [{"dimensions": [8]}, {"prompts": {"query": "q: "}}, {"pooling": "cls"}, {"cache_bytes": 1}]
+)
+def test_a_reranker_has_nothing_that_is_for_vectors(setting: dict[str, Any]) -> None:
+    assert spec(task="rerank").task is Task.RERANK
+    with pytest.raises(ValidationError, match=f"task is rerank: {next(iter(setting))} is for models that embed"):
+        spec(task="rerank", **setting)
+    assert spec(**setting).task is Task.EMBED
 
 
 # Prompts

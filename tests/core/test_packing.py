@@ -355,3 +355,25 @@ def test_runs_are_the_longest_neighbourhoods_that_pad_to_the_same_multiple(lengt
     padded = [{-(-length // step) for length in lengths[first : first + count]} for first, count in found]
     assert all(len(multiples) == 1 for multiples in padded)
     assert all(one != other for one, other in itertools.pairwise(padded))
+
+
+# Pairs
+
+
+def test_of_pairs_the_second_text_is_told_from_the_first_in_any_piece() -> None:
+    pairs = Packed(
+        ids=np.arange(9, dtype=np.int32), lengths=np.array([4, 2, 3], np.int32), firsts=np.array([1, 2, 2], np.int32)
+    )
+    assert pairs.types().tolist() == [0, 1, 1, 1, 0, 0, 0, 0, 1]
+    assert [pairs.slice(at, 1).types().tolist() for at in range(3)] == [[0, 1, 1, 1], [0, 0], [0, 0, 1]]
+    assert Packed.join([pairs.slice(2, 1), pairs.slice(0, 2)]).types().tolist() == [0, 0, 1, 0, 1, 1, 1, 0, 0]
+    assert [half.types().tolist() for half in pairs.halves()] == [[0, 1, 1, 1], [0, 0, 0, 0, 1]]
+
+
+def test_single_texts_have_one_type_and_never_travel_with_pairs() -> None:
+    texts = Packed(ids=np.arange(3, dtype=np.int32), lengths=np.array([1, 2], np.int32))
+    assert texts.types().tolist() == [0, 0, 0]
+    assert Packed.join([texts, texts]).firsts is None
+    pair = Packed(ids=texts.ids, lengths=np.array([3], np.int32), firsts=np.array([1], np.int32))
+    with pytest.raises(ValueError, match="single texts beside pairs"):
+        Packed.join([texts, pair])

@@ -19,7 +19,7 @@ from starlette.types import ASGIApp, Message
 from serve_app.api import OPEN, SECURITY_HEADERS, build_app
 from serve_app.core.errors import every_error
 from tests.fuzz.inputs import Sent, from_page, raw
-from tests.service.fakes import AUTHORIZATION, FakeModel, FakeModels, service_over
+from tests.service.fakes import AUTHORIZATION, RERANKER, FakeModel, FakeModels, service_over
 
 BOUND_S = 30.0  # for one request: what takes longer is stuck
 ROUND = 500  # inputs: hypothesis remembers all of a round, and forgets it then
@@ -55,7 +55,7 @@ class Fuzz:
     """The service in this process, and a loop to run it in. model: the only one that is served."""
 
     def __init__(self, model: FakeModel | None = None) -> None:
-        self._service = service_over(FakeModels(model or FakeModel()))
+        self._service = service_over(FakeModels(model or FakeModel(), FakeModel(RERANKER)))
         self._app: ASGIApp = build_app(self._service, max_body_bytes=MAX_BODY_BYTES)
         self._runner = asyncio.Runner()
         self.figures = Figures()

@@ -15,12 +15,14 @@ from schemathesis import Case
 from schemathesis.config import SchemathesisConfig
 
 from serve_app.core import keys
-from tests.service.fakes import CARD, KEY
+from tests.service.fakes import CARD, KEY, RERANKER
 
 UNKNOWN_KEY = keys.mint(bytes([99] * keys.SECRET_BYTES))
-MODELS = (CARD.id, CARD.name, CARD.id.upper(), "gpt-4", "", "..", "BAAI/bge-m3")
+MODELS = (CARD.id, CARD.name, CARD.id.upper(), RERANKER.id, "gpt-4", "", "..", "BAAI/bge-m3")
 ROUTES = (
     *(("POST", "/v1/embeddings"),) * 12,
+    *(("POST", "/v1/rerank"),) * 6,
+    ("POST", "/v2/rerank"),
     *(("POST", "/v1/tokenize"),) * 4,
     *(("GET", "/v1/usage"),) * 2,
     *(("GET", path) for path in ("/v1/models", "/health", "/ready", "/openapi.json", "/")),
@@ -97,6 +99,22 @@ values = st.recursive(
     scalars, lambda inner: st.lists(inner, max_size=4) | st.dictionaries(texts, inner, max_size=3), max_leaves=8
 )
 inputs = st.one_of(texts, st.lists(texts, max_size=4), st.builds(_many), st.lists(st.integers(), max_size=3), values)
+documents = st.one_of(
+    st.lists(texts, max_size=4),
+    st.lists(st.fixed_dictionaries({"text": texts}, optional={"id": texts | values}), max_size=3),
+    st.builds(_many),
+    values,
+)
+pairs = st.fixed_dictionaries(
+    {"model": st.sampled_from([RERANKER.id, RERANKER.name]) | values, "query": texts | values},
+    optional={
+        "texts": documents,
+        "documents": documents,
+        "top_n": st.sampled_from([1, 3, 0, -1, None]) | huge_numbers | values,
+        "return_documents": st.booleans() | values,
+        "max_tokens_per_doc": st.sampled_from([1, 5, None]) | huge_numbers | values,
+    },
+)
 likely_fields: dict[str, st.SearchStrategy[Any]] = {
     "model": st.one_of(st.sampled_from(MODELS[:3]), st.sampled_from(MODELS), values),
     "input": inputs,
@@ -108,6 +126,7 @@ possible_fields: dict[str, st.SearchStrategy[Any]] = {
     "Input": inputs,
 }
 objects = st.one_of(
+    pairs,
     st.fixed_dictionaries(likely_fields, optional=possible_fields),
     st.fixed_dictionaries({}, optional=likely_fields | possible_fields),
     st.builds(dict.__or__, st.fixed_dictionaries(likely_fields), st.dictionaries(texts, values, max_size=3)),
@@ -132,7 +151,11 @@ good = st.fixed_dictionaries(
     optional={"encoding_format": st.sampled_from(["float", "base64", None])},
 )
 as_json = objects.map(lambda it: json.dumps(it).encode())
-good_json = good.map(lambda it: json.dumps(it).encode())
+good_pairs = st.fixed_dictionaries(
+    {"model": st.just(RERANKER.id), "query": good_texts, "texts": st.lists(good_texts, min_size=1, max_size=4)},
+    optional={"top_n": st.integers(1, 5)},
+)
+good_json = (good | good_pairs).map(lambda it: json.dumps(it).encode())
 encodings = st.sampled_from(["utf-8", "utf-16", "utf-16-le", "utf-32", "utf-7", "latin-1", "cp037", "utf-8-sig"])
 bodies = st.one_of(
     *[good_json] * 16,
@@ -238,7 +261,7 @@ def from_page(page: dict[str, Any]) -> st.SearchStrategy[Sent]:
 
 def _from_case(case: Case[Any], authorization: tuple[bool, tuple[tuple[bytes, bytes], ...]], served: bool) -> Sent:
     if served and isinstance(case.body, dict) and "model" in case.body:
-        case.body = case.body | {"model": CARD.id}
+        case.body = case.body | {"model": RERANKER.id if "query" in case.body else CARD.id}
     arguments = case.as_transport_kwargs(base_url="http://test")
     names = ("method", "url", "headers", "params", "data", "json", "cookies")
     prepared = requests.Request(**{name: arguments[name] for name in names if name in arguments}).prepare()

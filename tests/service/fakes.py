@@ -28,6 +28,7 @@ from serve_app.core.catalog import ModelCard, SizeClass
 from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, nearest, shown
 from serve_app.core.idempotency import Begin, ClaimStep, Outcome
 from serve_app.core.keys import ApiKey, Plan, Workspace
+from serve_app.core.known import Task
 from serve_app.core.packing import Packed, Share
 from serve_app.core.schema import ModelState
 from serve_app.core.settings import IngressSettings
@@ -35,7 +36,7 @@ from serve_app.core.truncation import Tokenized
 from serve_app.core.vectors import Vectors
 from serve_app.desk import Desk
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
-from serve_app.encoders.tokenizer import Tokenizer
+from serve_app.encoders.tokenizer import PairTokenizer, Tokenizer
 from serve_app.recall import Answered, Recall
 from serve_app.service import LiveModel, Models, Service
 from serve_app.stores import Clock, Store, open_store
@@ -53,6 +54,10 @@ CARD = ModelCard(
     dtype="float32",
     created=1_700_000_000,
     fingerprint="0123456789ab",
+)
+
+RERANKER = dataclasses.replace(
+    CARD, id="reranker", name="tests/reranker", native_dimensions=1, other_dimensions=(), task=Task.RERANK
 )
 
 Send = Callable[[Unit], Awaitable[UnitReply]]
@@ -81,6 +86,19 @@ def made_up(packed: Packed) -> Vectors:
     return np.asarray(vectors / np.linalg.norm(vectors, axis=1, keepdims=True), np.float32)
 
 
+def scored(packed: Packed) -> Vectors:
+    """[pairs, 1]: a score for each, which depends on nothing but its ids and where the second text begins."""
+    assert packed.firsts is not None
+    starts = np.cumsum(packed.lengths) - packed.lengths
+    places = zip(starts, packed.lengths, packed.firsts, strict=True)
+    sums = [zlib.crc32(packed.ids[at : at + n].tobytes(), int(first)) for at, n, first in places]
+    return np.array(sums, np.float32)[:, None] / np.float32(2**32)
+
+
+async def scores(unit: Unit) -> UnitReply:
+    return UnitReply(vectors=scored(unit.packed), compute_s=0.001)
+
+
 async def answers(unit: Unit) -> UnitReply:
     await asyncio.sleep(0)
     return UnitReply(vectors=made_up(unit.packed), compute_s=0.001)
@@ -98,14 +116,14 @@ class FakeModel:
         self,
         card: ModelCard = CARD,
         *,
-        send: Send = answers,
+        send: Send | None = None,
         tokenize: Tokenize | None = None,
         max_pending_tokens: int = 2_000_000,
     ) -> None:
         self.card = card
         self.units: list[Unit] = []
         self._tokenize = tokenize or self._really_tokenize
-        self._answer = send
+        self._answer = send or (scores if card.task is Task.RERANK else answers)
         self.dispatcher = Dispatcher(
             self._send,
             fingerprint=card.fingerprint,
@@ -119,6 +137,10 @@ class FakeModel:
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._tokenize(texts)
+
+    async def tokenize_pairs(self, query: str, documents: Sequence[str], max_document_tokens: int | None) -> Tokenized:
+        pairs = PairTokenizer(bundled_tokenizer_json(), self.card.max_tokens)
+        return await asyncio.to_thread(lambda: pairs.query(query, max_document_tokens)(documents))
 
     async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
         return await self._recall.encode(packed, share, no_store=no_store)

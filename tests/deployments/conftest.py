@@ -233,7 +233,10 @@ class LiveServer:
             details = json.load(reply)
         return {
             app: sorted(
-                replica["pid"] for deployment in detail["deployments"].values() for replica in deployment["replicas"]
+                replica["pid"]
+                for deployment in detail["deployments"].values()
+                for replica in deployment["replicas"]
+                if replica.get("pid")  # one that waits for a place has none
             )
             for app, detail in details["applications"].items()
         }

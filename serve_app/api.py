@@ -99,16 +99,18 @@ def build_app(
     embeddings_route = _documented(
         schema.EmbeddingsResponse,
         *(400, 404, 409, 429, 504),
-        body=schema.EmbeddingsRequest,
+        bodies=(schema.EmbeddingsRequest,),
         parameters=[IDEMPOTENCY_KEY],
     )
     rerank_route = _documented(
         schema.RerankResponse,
         *(400, 404, 409, 429, 504),
-        body=schema.RerankRequest,
+        bodies=(schema.RerankRequest,),
         parameters=[IDEMPOTENCY_KEY],
     )
-    tokenize_route = _documented(schema.TokenizeResponse, 400, 404, 429, 504, body=schema.TokenizeRequest)
+    tokenize_route = _documented(
+        schema.TokenizeResponse, 400, 404, 429, 504, bodies=(schema.TokenizeRequest, schema.TokenizePairsRequest)
+    )
     app.post("/v1/embeddings", **embeddings_route)(embeddings)
     app.post("/v1/rerank", **rerank_route)(rerank)
     app.post("/v1/tokenize", **tokenize_route)(tokenize)
@@ -133,14 +135,14 @@ async def embeddings(request: Request) -> Response:
 
 
 async def rerank(request: Request) -> Response:
-    """One score per document, and the documents in its order, best first."""
+    """One score per document, and the documents in its order, best first. `/v2/rerank` is the same route."""
     service = _service(request)
     async with service.deadline():
         return _json(await service.rerank(_call(request), await _body(request)))
 
 
 async def tokenize(request: Request) -> Response:
-    """The tokens that `/v1/embeddings` would bill for the same input. Free."""
+    """The tokens that `/v1/embeddings` or `/v1/rerank` would bill for the same input. Free."""
     service = _service(request)
     async with service.deadline():
         return _json(await service.tokenize(_call(request), await _body(request)))
@@ -362,7 +364,7 @@ def _openapi(app: FastAPI) -> dict[str, Any]:
 def _documented(
     answer: type[BaseModel],
     *statuses: int,
-    body: type[BaseModel] | None = None,
+    bodies: Sequence[type[BaseModel]] = (),
     parameters: Sequence[dict[str, Any]] = (),
     open: bool = False,
     also: dict[int, type[BaseModel]] | None = None,
@@ -370,7 +372,7 @@ def _documented(
     """What the OpenAPI page says of a route: its body and its answers. At run time it decides nothing."""
     if not open:
         statuses += (401, 403, 503)
-    if body:
+    if bodies:
         statuses += (413, 415)
     errors = {
         status: {
@@ -382,8 +384,9 @@ def _documented(
     extra: dict[str, Any] = {} if open else {"security": [{"key": []}]}
     if parameters:
         extra["parameters"] = [*parameters]
-    if body:
-        content = {"application/json": {"schema": body.model_json_schema(ref_template="#/components/schemas/{model}")}}
+    if bodies:
+        shapes = [body.model_json_schema(ref_template="#/components/schemas/{model}") for body in bodies]
+        content = {"application/json": {"schema": shapes[0] if len(shapes) == 1 else {"anyOf": shapes}}}
         extra["requestBody"] = {"required": True, "content": content}
     return {
         "response_class": Response,

@@ -42,7 +42,7 @@ class Unit:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class UnitReply:
-    """vectors: float32 [sequences, dimensions], unit length. compute_s: of the batch that the unit was part of."""
+    """vectors: float32 [sequences, dimensions], the encoder's. compute_s: of the batch that the unit was part of."""
 
     vectors: Vectors
     compute_s: float

@@ -6,10 +6,12 @@ A workspace finds what it sent itself, never another's: how fast an answer comes
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from enum import StrEnum
+from typing import TypeVar
 
 import numpy as np
 
@@ -19,6 +21,9 @@ from serve_app.dispatch import Encoded
 
 ENTRY_BYTES = 200  # what an entry costs beside its row: two objects and a place in the table
 
+ON_THE_LOOP_TOKENS = 16_384  # about a millisecond
+
+Result = TypeVar("Result")
 Encode = Callable[[Packed, Share], Awaitable[Encoded]]
 
 
@@ -35,7 +40,7 @@ class Recall:
     """One model's. Its vectors are of one fingerprint: a model that changes gets a new one, empty."""
 
     def __init__(self, encode: Encode, *, cache_bytes: int, count: Callable[[Answered, int], None]) -> None:
-        """cache_bytes: 0 = nothing is kept. count: told of each request's texts, by how they were answered."""
+        """cache_bytes: 0 = nothing is kept. count: told of each answered request's texts, by how."""
         self._encode = encode
         self._rows = _Rows(cache_bytes) if cache_bytes else None
         self._count = count
@@ -44,45 +49,60 @@ class Recall:
     def bytes(self) -> int:
         return self._rows.bytes if self._rows else 0
 
-    def _tell(self, **texts: int) -> None:
-        for how, number in texts.items():
-            if number:
-                self._count(Answered(how), number)
-
     async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
         """As `Dispatcher.encode`. no_store: nothing is taken from what came before, and nothing kept."""
-        rows = None if no_store else self._rows
-        if packed.firsts is not None or (rows is None and len(packed.lengths) == 1):
-            self._tell(encoded=len(packed.lengths))
-            return await self._encode(packed, share)
-        key = hashlib.sha256(share.workspace.encode()).digest()
-        ends = np.cumsum(packed.lengths).tolist()
-        starts = [0, *ends[:-1]]
-        names = [_name(packed, start, end, key) for start, end in zip(starts, ends, strict=True)]
-        places = {name: at for at, name in reversed([*enumerate(names)])}  # of the first of equals
-        found = {name: row for name in places if rows and (row := rows.get(name)) is not None}
-        missing = sorted(at for name, at in places.items() if name not in found)
-        self._tell(encoded=len(missing), cached=len(found), duplicate=len(names) - len(places))
-        if len(missing) == len(names):
+        rows = None if no_store or packed.firsts is not None else self._rows
+        sequences = len(packed.lengths)
+        if rows is None and sequences == 1:
+            encoded = await self._encode(packed, share)
+            self._count(Answered.ENCODED, 1)
+            return encoded
+        names = await _off_the_loop(packed, lambda: _names(packed, share.workspace if rows else None))
+        firsts: dict[bytes, int] = {}  # of equals, the place of the first
+        places = [firsts.setdefault(name, at) for at, name in enumerate(names)]
+        found = {at: row for name, at in firsts.items() if rows and (row := rows.get(name)) is not None}
+        missing = [at for at in firsts.values() if at not in found]
+        if len(missing) == sequences:
             encoded = await self._encode(packed, share)
         elif missing:
-            ids = np.concatenate([packed.ids[starts[at] : ends[at]] for at in missing])
-            encoded = await self._encode(Packed(ids=ids, lengths=packed.lengths[missing]), share)
+            encoded = await self._encode(packed.some(missing), share)
         else:
             encoded = Encoded(vectors=np.empty((0, 0), np.float32), queue_s=0.0, compute_s=0.0)
-        made = {names[at]: row for at, row in zip(missing, encoded.vectors, strict=True)}
         if rows:
-            for name, row in made.items():
-                rows.put(name, row)
-        if len(missing) == len(names):
+            for at, row in zip(missing, encoded.vectors, strict=True):
+                rows.put(names[at], row)
+        self._tell(len(missing), len(found), sequences - len(firsts))
+        if len(missing) == sequences:
             return encoded
-        vectors = np.stack([made[name] if name in made else found[name] for name in names])
+        made = dict(zip(missing, encoded.vectors, strict=True))
+        vectors = await _off_the_loop(
+            packed, lambda: np.stack([made[at] if at in made else found[at] for at in places])
+        )
         return Encoded(vectors=vectors, queue_s=encoded.queue_s, compute_s=encoded.compute_s)
 
+    def _tell(self, encoded: int, cached: int, duplicate: int) -> None:
+        for how, texts in ((Answered.ENCODED, encoded), (Answered.CACHED, cached), (Answered.DUPLICATE, duplicate)):
+            if texts:
+                self._count(how, texts)
 
-def _name(packed: Packed, start: int, end: int, key: bytes) -> bytes:
-    """Of a sequence, in one workspace: nobody can look for a text of which the workspace is not known."""
-    return hashlib.blake2b(packed.ids[start:end].tobytes(), digest_size=16, key=key).digest()
+
+async def _off_the_loop(packed: Packed, work: Callable[[], Result]) -> Result:
+    """In a thread, if there is so much of it that other requests would wait."""
+    return await asyncio.to_thread(work) if packed.tokens > ON_THE_LOOP_TOKENS else work()
+
+
+def _names(packed: Packed, workspace: str | None) -> list[bytes]:
+    """Of each sequence: equal for equal ones. What is kept is named by a hash that only the workspace's texts have."""
+    ends = np.cumsum(packed.lengths).tolist()
+    ids = packed.ids.tobytes()
+    size = packed.ids.itemsize
+    names = [ids[size * start : size * end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    if packed.firsts is not None:
+        return [b"%d:%b" % it for it in zip(packed.firsts.tolist(), names, strict=True)]
+    if workspace is None:
+        return names
+    key = hashlib.sha256(workspace.encode()).digest()
+    return [hashlib.blake2b(name, digest_size=16, key=key).digest() for name in names]
 
 
 class _Rows:

@@ -40,6 +40,7 @@ from serve_app.dispatch import Encoded
 from serve_app.stores import Clock
 from serve_app.throttle import Standing, Throttle
 
+WARNING_BYTES = 80  # of a stored reply, for each input that was cut
 MODELS = "/v1/models"  # never counted against a rate
 
 
@@ -184,19 +185,15 @@ class Service:
 
     def _reranking(self, call: Call, body: bytes) -> Job:
         request = schema.parse(schema.RerankRequest, body)
-        model, _ = self._resolve(call, request.model)
-        check_task(model.card, Task.RERANK)
-        documents, field = request.ranked, request.ranked_field
-        check_documents(model.card, len(documents), param=field)
-        texts = [document.text for document in documents]
+        model, documents = self._reranker(call, request), request.ranked
         return Job(
             caller=_caller(call),
             request=request,
             model=model,
             inputs=len(documents),
-            inputs_field=field,
+            inputs_field=request.ranked_field,
             dimensions=1,
-            tokenize=lambda: model.tokenize_pairs(request.query, texts, request.max_tokens_per_doc),
+            tokenize=lambda: _pairs(model, request),
             render=lambda reply: ranking.render(
                 reply.vectors[:, 0],
                 documents,
@@ -224,7 +221,7 @@ class Service:
     async def _run_once(self, call: Call, job: Job, key: str) -> Reply:
         """With one: the first success is computed and billed, and for 24 hours it is the answer to every repetition."""
         canonical = schema.canonical(job.request)
-        reply_bytes = 4 * job.dimensions * job.inputs
+        reply_bytes = (4 * job.dimensions + WARNING_BYTES) * job.inputs
         claim = await self._books.begin(job.caller, call.route, key, canonical, reply_bytes)
         if isinstance(claim, Reply):
             call.replay_of, call.fingerprint = claim.request_id, claim.fingerprint
@@ -282,10 +279,14 @@ class Service:
 
     async def tokenize(self, call: Call, body: bytes) -> dict[str, Any]:
         """`POST /v1/tokenize`: the exact billable count, before sending."""
-        request = schema.parse(schema.TokenizeRequest, body)
-        model, prompt = self._asked(call, request)
-        check_strings(model.card, len(request.input))
-        tokenized = await self._tokenize(call, model.tokenize(prompted(request.input, prompt)))
+        request = schema.parse_tokenize(body)
+        if isinstance(request, schema.TokenizePairsRequest):
+            model = self._reranker(call, request)
+            tokenized = await self._tokenize(call, _pairs(model, request))
+        else:
+            model, prompt = self._asked(call, request)
+            check_strings(model.card, len(request.input))
+            tokenized = await self._tokenize(call, model.tokenize(prompted(request.input, prompt)))
         counts, usage = tokenized.counts(), tokenized.usage()
         return {"object": "list", "data": counts, "model": model.card.name, "usage": usage}
 
@@ -333,6 +334,12 @@ class Service:
         check_task(card, Task.EMBED)
         return model, prompt_for(card.prompts, by_name=by_name, by_field=request.input_type, model=card.name)
 
+    def _reranker(self, call: Call, request: schema.RerankRequest | schema.TokenizePairsRequest) -> LiveModel:
+        model, _ = self._resolve(call, request.model)
+        check_task(model.card, Task.RERANK)
+        check_documents(model.card, len(request.ranked), param=request.ranked_field)
+        return model
+
     def _resolve(self, call: Call, name: str) -> tuple[LiveModel, InputType | None]:
         """The model of that name, and what the name's suffix says of the texts, if that is no model's own name."""
         model, input_type = self._named(name)
@@ -370,6 +377,11 @@ class Service:
 def _caller(call: Call) -> Caller:
     assert call.caller is not None, "an open route needs no caller, and no other is reached without one"
     return call.caller
+
+
+def _pairs(model: LiveModel, request: schema.RerankRequest | schema.TokenizePairsRequest) -> Awaitable[Tokenized]:
+    texts = [document.text for document in request.ranked]
+    return model.tokenize_pairs(request.query, texts, request.max_tokens_per_doc)
 
 
 def _model(card: ModelCard, id: str) -> dict[str, Any]:

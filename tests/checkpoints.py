@@ -216,6 +216,11 @@ def _bert_sizes(width: int, positions: int) -> dict[str, Any]:
     }
 
 
+def _roberta_sizes(width: int, positions: int) -> dict[str, Any]:
+    """As published: one type of token, for pairs, too."""
+    return {**_bert_sizes(width, positions), "type_vocab_size": 1}
+
+
 def _distilbert_sizes(width: int, positions: int) -> dict[str, Any]:
     return {
         "dim": width,
@@ -268,8 +273,8 @@ ARCHITECTURES = {
     "qwen3": Architecture(
         sizes=_decoder_sizes, tokenizer=_framed("", "<|endoftext|>", "<|endoftext|>", padding_side="left")
     ),
-    "roberta": Architecture(sizes=_bert_sizes, tokenizer=_byte_level, positions_before_text=2),
-    "xlm-roberta": Architecture(sizes=_bert_sizes, tokenizer=_unigram, positions_before_text=2),
+    "roberta": Architecture(sizes=_roberta_sizes, tokenizer=_byte_level, positions_before_text=2),
+    "xlm-roberta": Architecture(sizes=_roberta_sizes, tokenizer=_unigram, positions_before_text=2),
 }
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import threading
 from collections import Counter
 from collections.abc import Sequence
 
 import numpy as np
 import pytest
 
+from serve_app import recall as recall_module
+from serve_app.core.errors import AtCapacity
 from serve_app.core.packing import ALONE, Packed, Share
 from serve_app.core.vectors import Vectors
 from serve_app.dispatch import Encoded
-from serve_app.recall import ENTRY_BYTES, Answered, Recall
+from serve_app.recall import ENTRY_BYTES, ON_THE_LOOP_TOKENS, Answered, Recall
 from tests.service.fakes import made_up
 
 ROW_BYTES = 4 * 384 + ENTRY_BYTES
@@ -23,6 +26,7 @@ class Watched:
 
     def __init__(self, cache_bytes: int = 0) -> None:
         self.encoded: list[list[int]] = []
+        self.firsts: list[list[int]] = []
         self.counted: Counter[Answered] = Counter()
         self.recall = Recall(self._encode, cache_bytes=cache_bytes, count=self._count)
 
@@ -31,6 +35,8 @@ class Watched:
 
     async def _encode(self, packed: Packed, share: Share) -> Encoded:
         self.encoded += [rows.tolist() for rows in np.split(packed.ids, np.cumsum(packed.lengths)[:-1])]
+        if packed.firsts is not None:
+            self.firsts.append(packed.firsts.tolist())
         return Encoded(vectors=made_up(packed), queue_s=0.25, compute_s=0.5)
 
     def _count(self, how: Answered, texts: int) -> None:
@@ -140,9 +146,44 @@ async def test_the_rows_of_a_request_are_its_callers_to_change() -> None:
     assert np.array_equal(await watched.ask([1], [2]), expected)
 
 
-async def test_pairs_are_encoded_as_they_come() -> None:
+async def test_of_pairs_equal_ones_are_encoded_once_and_none_is_kept() -> None:
     watched = Watched(1_000_000)
+    pairs = packed([[1, 2], [1, 2], [1, 2], [3]], firsts=[1, 2, 1, 1])
     for _ in range(2):
-        await watched.recall.encode(packed([[1, 2], [1, 2]], firsts=[1, 2]), ACME, no_store=False)
-    assert watched.encoded == [[1, 2]] * 4
+        found = await watched.recall.encode(pairs, ACME, no_store=False)
+        assert np.array_equal(found.vectors, made_up(pairs))
+    assert watched.encoded == [[1, 2], [1, 2], [3]] * 2
+    assert watched.firsts == [[1, 2, 1]] * 2
     assert watched.recall.bytes == 0
+
+
+async def test_what_fails_is_not_counted() -> None:
+    async def fails(packed: Packed, share: Share) -> Encoded:
+        raise AtCapacity("full")
+
+    watched = Watched()
+    recall = Recall(fails, cache_bytes=1_000, count=watched._count)
+    for texts in ([[1]], [[1], [1], [2]]):
+        with pytest.raises(AtCapacity):
+            await recall.encode(packed(texts), ACME, no_store=False)
+    assert not watched.counted
+    assert recall.bytes == 0
+
+
+@pytest.mark.parametrize("cache_bytes", [0, 10_000_000])
+async def test_the_loop_goes_on_while_a_large_request_is_sorted(cache_bytes: int) -> None:
+    watched = Watched(cache_bytes)
+    texts = [[number % 50] * 20 for number in range(ON_THE_LOOP_TOKENS // 10)]
+    threads: set[str] = set()
+    names = recall_module._names
+
+    def seen(packed: Packed, workspace: str | None) -> list[bytes]:
+        threads.add(threading.current_thread().name)
+        return names(packed, workspace)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(recall_module, "_names", seen)
+        assert np.array_equal(await watched.ask(*texts), right(*texts))
+        await watched.ask([1], [2])
+    assert len(threads) == 2
+    assert threading.main_thread().name in threads

@@ -33,10 +33,11 @@ app = typer.Typer(help="Models and their files.", no_args_is_help=True)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Row:
-    """One entry. dimensions: the native one, and those a request may ask for; None where no file says."""
+    """One entry. dimensions: the native one, and those a request may ask for; None where no file says, or it ranks."""
 
     id: str
     name: str
+    task: str
     dimensions: list[int] | None
     source: str
     folder: str | None
@@ -52,12 +53,13 @@ def list_(config: ConfigPath = configs.DEFAULT, json: Json = False) -> None:
     if json:
         show_json(rows)
         return
-    columns = ("id", "name", "dimensions", "source", "folder", "MiB", "present")
+    columns = ("id", "name", "task", "dimensions", "source", "folder", "MiB", "present")
     cells = [
         (
             it.id,
             it.name,
-            ", ".join(map(str, it.dimensions or ())) or "?",
+            it.task,
+            "a score" if it.task == Task.RERANK else ", ".join(map(str, it.dimensions or ())) or "?",
             it.source,
             it.folder,
             None if it.bytes is None else f"{it.bytes / 2**20:.0f}",
@@ -159,6 +161,7 @@ def _row(spec: ModelSpec) -> Row:
     return Row(
         id=spec.id,
         name=spec.name,
+        task=spec.task.value,
         dimensions=dimensions(spec, folder) if folder else None,
         source=spec.source,
         folder=str(folder) if folder else None,

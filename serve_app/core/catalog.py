@@ -48,6 +48,7 @@ _LIMITS = {
     SizeClass.XL: ClassLimits(strings=256, tokens=32_768),
 }
 MOST_STRINGS = max(limits.strings for limits in _LIMITS.values())
+LEAST_PAIR = 64  # tokens
 MOST_DOCUMENTS = 500  # of one request to rank them, whatever the model's class
 
 
@@ -180,6 +181,8 @@ class ModelSpec(StrictModel):
     @model_validator(mode="after")
     def _fits_its_task(self) -> ModelSpec:
         if self.task is Task.RERANK:
+            if self.max_tokens is not None and self.max_tokens < LEAST_PAIR:
+                raise ValueError(f"max_tokens is {self.max_tokens}: a query and a document need {LEAST_PAIR} together")
             for name in ("dimensions", "prompts", "pooling", "cache_bytes"):
                 if getattr(self, name):
                     raise ValueError(f"task is rerank: {name} is for models that embed")
@@ -262,12 +265,12 @@ def check_documents(card: ModelCard, count: int, *, param: str) -> None:
 
 def check_task(card: ModelCard, wanted: Task) -> None:
     """Raises UnsupportedParameter where the request is not what the model is for."""
-    if card.task is not wanted:
-        what = {
-            Task.EMBED: f"{card.name} embeds texts: send them to POST /v1/embeddings.",
-            Task.RERANK: f"{card.name} ranks documents: send them, and a query, to POST /v1/rerank.",
-        }
-        raise UnsupportedParameter(what[card.task], param="model")
+    if card.task is wanted:
+        return
+    if card.task is Task.EMBED:
+        raise UnsupportedParameter(f"{card.name} embeds texts: send them to POST /v1/embeddings.", param="model")
+    message = f"{card.name} ranks documents: send them, and a query, to POST /v1/rerank."
+    raise UnsupportedParameter(message, param="model")
 
 
 def check_dimensions(card: ModelCard, asked: int | None) -> int:

@@ -93,7 +93,8 @@ class TooManyInputs(InvalidRequest):
 
 
 class TooManyTokens(InvalidRequest):
-    code, advice = "too_many_tokens", "Split the request; `POST /v1/tokenize` counts beforehand, free of charge."
+    code = "too_many_tokens"
+    advice = "Split the request, or shorten the query; `POST /v1/tokenize` counts beforehand, free of charge."
 
 
 class InvalidIdempotencyKey(InvalidRequest):

@@ -26,7 +26,7 @@ LOOKED_AT = 64  # requests that are tried for the last bit of room: a unit must 
 class Packed:
     """Sequences end to end, without padding. ids: int32 [tokens]; lengths: int32 [sequences], their sum is tokens.
 
-    firsts: int32 [sequences], of pairs alone: how many of a sequence's tokens are of the first text.
+    firsts: int32 [sequences], of pairs alone: how many of a sequence's tokens are of the first text's type.
     """
 
     ids: TokenIds = field(repr=False)  # whoever has the tokenizer can read them
@@ -51,6 +51,16 @@ class Packed:
         lengths = self.lengths[first : first + count]
         firsts = None if self.firsts is None else self.firsts[first : first + count]
         return Packed(ids=self.ids[start : start + int(lengths.sum())], lengths=lengths, firsts=firsts)
+
+    def some(self, places: Sequence[int]) -> Packed:
+        """These sequences, in this order."""
+        ends = np.cumsum(self.lengths).tolist()
+        starts = [0, *ends[:-1]]
+        return Packed(
+            ids=np.concatenate([self.ids[starts[at] : ends[at]] for at in places]),
+            lengths=self.lengths[places],
+            firsts=None if self.firsts is None else self.firsts[places],
+        )
 
     @classmethod
     def join(cls, parts: Sequence[Packed]) -> Packed:

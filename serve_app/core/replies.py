@@ -1,4 +1,4 @@
-"""A reply to `POST /v1/embeddings` as a value: rendered once for its caller, and again, byte for byte, for a replay.
+"""A reply as a value, vectors or scores: rendered once for its caller, and again, byte for byte, for a replay.
 
 What is kept is the vectors' float32 bytes and the few words around them: a half to a quarter of the rendered JSON.
 """
@@ -17,7 +17,7 @@ from serve_app.core.vectors import Vectors
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Reply:
-    """vectors: float32 [inputs, dimensions], as they are sent."""
+    """vectors: float32 [inputs, dimensions], as they are sent; [documents, 1] if they are scores."""
 
     vectors: Vectors
     model: str
@@ -27,7 +27,7 @@ class Reply:
     request_id: str  # of the first call
 
     def render(self) -> bytes:
-        """The response's body."""
+        """The body of the response to `POST /v1/embeddings`. That of scores is made by `ranking.render`."""
         return vectors.render(self.vectors, model=self.model, usage=self.usage, encoding_format=self.encoding_format)
 
     def pack(self) -> bytes:

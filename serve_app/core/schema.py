@@ -9,6 +9,7 @@ from __future__ import annotations
 import datetime as dt
 import json
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Annotated, Any, ClassVar, Literal, NoReturn, TypeVar, get_args
 
@@ -34,6 +35,7 @@ from serve_app.core.ranking import Document
 
 MOST_COUNT = 1_000_000  # of documents or tokens, where a request may limit them
 MOST_ID = 512  # characters of a document's id
+_DOCUMENT = ("id", "text")
 _ESCAPED_LETTER = re.compile(rb"\\u00([46][1-9a-f]|[57][0-9a]|5f)", re.IGNORECASE)
 TOKEN_IDS_MESSAGE = (
     "Token ids are not accepted: they belong to one tokenizer's vocabulary, and this model's is another. Send strings. "
@@ -105,8 +107,11 @@ def _text_alone(item: Any, param: str) -> Document:
 def _text_or_object(item: Any, param: str) -> Document:
     if not isinstance(item, dict):
         return _text_alone(item, param)
-    if "text" not in item or not item.keys() <= {"id", "text"}:
-        raise InvalidInput(f"{param} must be a string or an object of text and, if you like, id.", param=param)
+    for name in item:
+        if name not in _DOCUMENT:
+            _refuse_name(name, _DOCUMENT, prefix=f"{param}.")
+    if "text" not in item:
+        raise MissingRequiredField(f"{param}.text is required.", param=f"{param}.text")
     _check_text(item["text"], f"{param}.text")
     id = item.get("id")
     if id is not None and (not isinstance(id, str) or not 1 <= len(id) <= MOST_ID):
@@ -196,9 +201,7 @@ class EmbeddingsRequest(_Request):
     input_type: AskedInputType = None
 
 
-class RerankRequest(_Request):
-    """The body of `POST /v1/rerank`: one of `texts` and `documents`."""
-
+class _Pairs(_Request):
     model_config = ConfigDict(json_schema_extra={"oneOf": [{"required": ["texts"]}, {"required": ["documents"]}]})
     one_of: ClassVar[tuple[str, ...]] = ("texts", "documents")
 
@@ -206,14 +209,11 @@ class RerankRequest(_Request):
     query: Query
     texts: PlainDocuments = None
     documents: Documents = None
-    top_n: Annotated[Count | None, Field(description="Default: all.")] = None
-    return_documents: Annotated[bool, _absent_if_null(False), Field(description="Texts in `rankings`, too.")] = False
     max_tokens_per_doc: Annotated[Count | None, Field(description="Longer documents are cut.")] = None
-    user: EndUser = None
 
     @property
     def ranked(self) -> tuple[Document, ...]:
-        """What is ranked, whichever field it came in."""
+        """The documents, whichever field they came in."""
         return self.documents or self.texts or ()
 
     @property
@@ -221,8 +221,20 @@ class RerankRequest(_Request):
         return "documents" if self.documents else "texts"
 
 
+class RerankRequest(_Pairs):
+    """The body of `POST /v1/rerank`: one of `texts` and `documents`."""
+
+    top_n: Annotated[Count | None, Field(description="Default: all.")] = None
+    return_documents: Annotated[bool, _absent_if_null(False), Field(description="Texts in `rankings`, too.")] = False
+    user: EndUser = None
+
+
+class TokenizePairsRequest(_Pairs):
+    """The body of `POST /v1/tokenize`, for a model that ranks documents."""
+
+
 class TokenizeRequest(_Request):
-    """The body of `POST /v1/tokenize`."""
+    """The body of `POST /v1/tokenize`, for a model that embeds."""
 
     model: ModelName
     input: Texts
@@ -379,7 +391,18 @@ Request = TypeVar("Request", bound=_Request)
 
 def parse(kind: type[Request], body: bytes) -> Request:
     """A request of this kind, or the error that names the first thing wrong with it."""
+    return _parsed(kind, body, _loads(body))
+
+
+def parse_tokenize(body: bytes) -> TokenizeRequest | TokenizePairsRequest:
+    """With a query it is about pairs. Raises as `parse` does."""
     fields = _loads(body)
+    if isinstance(fields, dict) and "query" in fields:
+        return _parsed(TokenizePairsRequest, body, fields)
+    return _parsed(TokenizeRequest, body, fields)
+
+
+def _parsed(kind: type[Request], body: bytes, fields: Any) -> Request:
     if not isinstance(fields, dict):
         raise InvalidJSON("The body must be a JSON object.")
     _check_names(kind, fields)
@@ -393,9 +416,18 @@ def parse(kind: type[Request], body: bytes) -> Request:
 
 
 def canonical(request: _Request) -> bytes:
-    """The parsed request as bytes: equal for bodies that differ only in key order, white space or stated defaults."""
+    """The parsed request as bytes: equal for bodies that differ only in key order, white space or stated defaults.
+
+    A reply that is kept must be found by later versions: what comes to be is left out where it says nothing.
+    """
     fields = {name: getattr(request, name) for name in type(request).model_fields}
-    if fields.get("input_type") is None:  # came later than replies that are kept: a body without it is what it was
+    if isinstance(request, RerankRequest):
+        defaults = {name: field.default for name, field in type(request).model_fields.items()}
+        fields = {name: value for name, value in fields.items() if value != defaults[name]}
+        for name in request.one_of:
+            if name in fields:
+                fields[name] = [[it.text] if it.id is None else [it.text, it.id] for it in fields[name]]
+    elif fields.get("input_type") is None:
         fields.pop("input_type", None)
     return orjson.dumps(fields, option=orjson.OPT_SORT_KEYS)
 
@@ -404,10 +436,7 @@ def parse_usage_query(query: Mapping[str, str], *, today: str) -> UsageQuery:
     """`from`, `to` (default: this month so far) and `group_by`, a list with commas. Raises as `parse` does."""
     for name in query:
         if name not in ("from", "to", "group_by"):
-            hint = did_you_mean(nearest(name[:64], ("from", "to", "group_by")))
-            raise UnknownParameter(
-                f"There is no parameter {shown(name)} here.{hint}", param=name if is_name(name) else None
-            )
+            _refuse_name(name, ("from", "to", "group_by"))
     last_day = _day(query, "to", today)
     first_day = _day(query, "from", last_day[:8] + "01")
     if first_day > last_day:
@@ -446,17 +475,24 @@ def _check_names(kind: type[_Request], fields: Mapping[str, Any]) -> None:
         raise MissingRequiredField(f"One of {' and '.join(kind.one_of)} is required.", param=kind.one_of[-1])
     for name in fields:
         if name not in kind.model_fields:
-            hint = did_you_mean(nearest(name[:64], kind.model_fields))
-            raise UnknownParameter(
-                f"There is no parameter {shown(name)} here.{hint}", param=name if is_name(name) else None
-            )
+            _refuse_name(name, kind.model_fields)
     if len(given) > 1:
         raise InvalidInput(f"Send one of {' and '.join(kind.one_of)}, not both.", param=given[-1])
 
 
-def _check_duplicates(body: bytes, fields: Iterable[str]) -> None:
-    """The slow look is taken only where a name stands twice, though perhaps in a text, or may be spelt in escapes."""
-    if any(body.count(b'"%b"' % name.encode()) > 1 for name in fields) or _ESCAPED_LETTER.search(body):
+def _refuse_name(name: str, known: Iterable[str], *, prefix: str = "") -> NoReturn:
+    hint = did_you_mean(nearest(name[:64], known))
+    raise UnknownParameter(
+        f"There is no parameter {shown(name)} here.{hint}", param=f"{prefix}{name}" if is_name(name) else None
+    )
+
+
+def _check_duplicates(body: bytes, fields: Mapping[str, Any]) -> None:
+    """The slow look is taken only where a name stands too often, though perhaps in a text, or may be in escapes."""
+    documents = fields.get("documents")
+    documents = [it for it in documents if isinstance(it, dict)] if isinstance(documents, list) else []
+    names = Counter(fields.keys()) + Counter({name: sum(name in it for it in documents) for name in _DOCUMENT})
+    if _ESCAPED_LETTER.search(body) or any(body.count(b'"%b"' % it.encode()) > names[it] for it in names):
         try:
             json.loads(body, object_pairs_hook=_refuse_duplicates)
         except RecursionError:

@@ -10,18 +10,21 @@ import asyncio
 import os
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from typing import Any
 
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util.metrics import Counter, Gauge
 
+from serve_app.core.catalog import ModelCard, check_tokens
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound
+from serve_app.core.known import Task
 from serve_app.core.packing import Packed, Share
 from serve_app.core.truncation import Tokenized
 from serve_app.deployments.encoder import Description, OtherFingerprint
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
-from serve_app.encoders.tokenizer import DocumentTokenizer, PairTokenizer, Tokenizer, join
+from serve_app.encoders.tokenizer import PairTokenizer, Tokenizer, join
 from serve_app.recall import Answered, Recall
 
 REPLACED_S = 1.0  # after a replica of another kind has answered: the next look at Serve's status is due by then
@@ -43,31 +46,48 @@ class Threads:
         self._long = ThreadPoolExecutor(max(1, len(os.sched_getaffinity(0)) // 2), thread_name_prefix="tokenize-long")
         self._endless = ThreadPoolExecutor(1, thread_name_prefix="tokenize-endless")
 
-    async def tokenize(self, tokenizer: Tokenizer | DocumentTokenizer, texts: Sequence[str]) -> Tokenized:
-        loop, short = asyncio.get_running_loop(), sum(map(len, texts)) <= SHORT_CHARACTERS
+    async def tokenize(self, tokenizer: Tokenizer, texts: Sequence[str]) -> Tokenized:
+        return await self._in_slices(tokenizer, texts, beside=0)
+
+    async def tokenize_pairs(
+        self,
+        tokenizer: PairTokenizer,
+        card: ModelCard,
+        query: str,
+        documents: Sequence[str],
+        max_document_tokens: int | None,
+    ) -> Tokenized:
+        """Raises TooManyTokens before a document is looked at, if the query is too long for so many."""
+        thread = self._thread_for([query], short=len(query) <= SHORT_CHARACTERS)
+        pairs = await asyncio.get_running_loop().run_in_executor(thread, tokenizer.query, query, max_document_tokens)
+        check_tokens(card, len(documents) * pairs.least_tokens, param="query")
+        return await self._in_slices(pairs, documents, beside=len(query))
+
+    async def _in_slices(
+        self, tokenizer: Callable[[Sequence[str]], Tokenized], texts: Sequence[str], *, beside: int
+    ) -> Tokenized:
+        """beside: characters that come with each text."""
+        loop, short = asyncio.get_running_loop(), sum(map(len, texts)) + beside * len(texts) <= SHORT_CHARACTERS
         parts = [
             await loop.run_in_executor(self._thread_for(piece, short=short), tokenizer, piece)
-            for piece in _slices(texts)
+            for piece in _slices(texts, beside)
         ]
         return join(parts)
-
-    async def query(self, tokenizer: PairTokenizer, text: str, max_document_tokens: int | None) -> DocumentTokenizer:
-        thread = self._thread_for([text], short=len(text) <= SHORT_CHARACTERS)
-        return await asyncio.get_running_loop().run_in_executor(thread, tokenizer.query, text, max_document_tokens)
 
     def _thread_for(self, piece: Sequence[str], *, short: bool) -> ThreadPoolExecutor:
         endless = len(piece) == 1 and len(piece[0]) > SLICE_CHARACTERS  # it cannot be sliced: its count is exact
         return self._endless if endless else self._short if short else self._long
 
 
-def _slices(texts: Sequence[str]) -> Iterator[Sequence[str]]:
+def _slices(texts: Sequence[str], beside: int) -> Iterator[Sequence[str]]:
     """Consecutive pieces of at most `SLICE_CHARACTERS`; a longer text is a piece of its own."""
     first = size = 0
     for index, text in enumerate(texts):
-        if size and size + len(text) > SLICE_CHARACTERS:
+        length = len(text) + beside
+        if size and size + length > SLICE_CHARACTERS:
             yield texts[first:index]
             first, size = index, 0
-        size += len(text)
+        size += length
     yield texts[first:]
 
 
@@ -86,8 +106,8 @@ class Ready:
         card = self.card = description.card
         self._handle = handle
         self._is_deployed = is_deployed
-        self._tokenizer = Tokenizer(description.tokenizer_json, card.max_tokens)
-        self._pairs = PairTokenizer(description.tokenizer_json, card.max_tokens)
+        kind = PairTokenizer if card.task is Task.RERANK else Tokenizer
+        self._tokenizer: Any = kind(description.tokenizer_json, card.max_tokens)
         self._threads = threads
         self.stale = False
         self.dispatcher = Dispatcher(
@@ -99,23 +119,23 @@ class Ready:
             max_pending_tokens=max_pending_tokens,
         )
         self._recall = Recall(self.dispatcher.encode, cache_bytes=card.cache_bytes, count=self._answered)
+        CACHE_BYTES.set(0, {"model": card.name})  # whatever its predecessor kept
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._threads.tokenize(self._tokenizer, texts)
 
     async def tokenize_pairs(self, query: str, documents: Sequence[str], max_document_tokens: int | None) -> Tokenized:
-        tokenizer = await self._threads.query(self._pairs, query, max_document_tokens)
-        return await self._threads.tokenize(tokenizer, documents)
+        return await self._threads.tokenize_pairs(self._tokenizer, self.card, query, documents, max_document_tokens)
 
     async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
-        try:
-            return await self._recall.encode(packed, share, no_store=no_store)
-        finally:
-            if self.card.cache_bytes:
-                CACHE_BYTES.set(self._recall.bytes, {"model": self.card.name})
+        encoded = await self._recall.encode(packed, share, no_store=no_store)
+        if self.card.cache_bytes:
+            CACHE_BYTES.set(self._recall.bytes, {"model": self.card.name})
+        return encoded
 
     def gone(self) -> None:
         """No replica is left, not even one that drains: Serve's handle would let what is under way wait for ever."""
+        CACHE_BYTES.set(0, {"model": self.card.name})
         self.dispatcher.abandon(ModelNotFound(f"{self.card.name} is not served any more.", param="model"))
 
     def _answered(self, how: Answered, texts: int) -> None:

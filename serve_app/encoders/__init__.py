@@ -8,11 +8,19 @@ from __future__ import annotations
 
 from typing import Protocol
 
+import numpy as np
+
 from serve_app.core.catalog import ModelCard, ModelSpec
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 
-SAME_SCORE = 0.02  # what a reranker's score may differ by from batch to batch, in bfloat16
+SAME_LOGIT = 0.25  # what a reranker's may differ by from batch to batch, in bfloat16; another model's differs by more
+
+
+def logits_apart(found: Vectors, expected: Vectors) -> float:
+    """The largest difference between the logits of two sets of scores: near 0 and 1 all scores are alike."""
+    one, other = (scores.astype(np.float64).clip(1e-7, 1 - 1e-7) for scores in (found, expected))
+    return float(np.abs(np.log(one / (1 - one)) - np.log(other / (1 - other))).max())
 
 
 class Encoder(Protocol):

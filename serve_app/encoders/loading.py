@@ -1,7 +1,7 @@
-"""Opens a model with sentence-transformers, checks it, warms it up, and says what it is.
+"""Opens a model, with sentence-transformers or as a reranker, checks it, warms it up, and says what it is.
 
-sentence-transformers' module list decides what the model computes: the packed forward is used where it agrees with that
-on a few probes, and otherwise the padded one is, with a warning.
+Its modules decide what the model computes: the packed forward is used where it agrees with that on a few probes, and
+otherwise the padded one is, with a warning.
 """
 
 from __future__ import annotations
@@ -25,11 +25,12 @@ from serve_app.core.catalog import ModelCard, ModelSpec, Source
 from serve_app.core.known import Task
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import SAME_SCORE, manifest
+from serve_app.encoders import SAME_LOGIT, logits_apart, manifest
 from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward, first_position
 from serve_app.encoders.padded import PaddedForward
 from serve_app.encoders.reranking import open_reranker
 from serve_app.encoders.sources import fetch
+from serve_app.encoders.tokenizer import PairTokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ def load(spec: ModelSpec) -> LoadedEncoder:
     if spec.task is Task.EMBED:
         model.append(Normalize())
     with torch.inference_mode():
-        forward = _forward(spec, model, card, fixed_rows=device == "cpu")
+        forward = _forward(spec, model, card, tokenizer_json, fixed_rows=device == "cpu")
     encoder = LoadedEncoder(
         card=card,
         tokenizer_json=tokenizer_json,
@@ -229,10 +230,10 @@ def _files(spec: ModelSpec, folder: Path, weights: dict[str, str]) -> str:
     return hashlib.sha256(b"".join(bytes.fromhex(files[path]) for path in sorted(files))).hexdigest()
 
 
-def _forward(spec: ModelSpec, model: Model, card: ModelCard, *, fixed_rows: bool) -> Forward:
+def _forward(spec: ModelSpec, model: Model, card: ModelCard, tokenizer_json: str, *, fixed_rows: bool) -> Forward:
     """The packed forward if it says what the padded one says, else the padded one."""
     transformer = model[0].auto_model
-    padded, probe = PaddedForward(model, alone=spec.deterministic), _probe(card)
+    padded, probe = PaddedForward(model, alone=spec.deterministic), _probe(card, tokenizer_json)
     expected, own_attention = padded(probe), transformer.config._attn_implementation
     try:
         transformer.set_attn_implementation(ATTENTION)
@@ -253,8 +254,8 @@ def _forward(spec: ModelSpec, model: Model, card: ModelCard, *, fixed_rows: bool
 def _difference(card: ModelCard, found: Vectors, expected: Vectors) -> str | None:
     """In words; None if they say the same."""
     if card.task is Task.RERANK:
-        apart = float(np.abs(found - expected).max())
-        return None if apart <= SAME_SCORE else f"scores {apart:.4f} apart from the padded one's"
+        apart = logits_apart(found, expected)
+        return None if apart <= SAME_LOGIT else f"logits {apart:.3f} from the padded one's"
     agreement = float((found * expected).sum(axis=1).min())
     return None if agreement >= AGREES else f"cosine {agreement:.4f} to the padded one"
 
@@ -265,10 +266,14 @@ def _is_the_same_alone(forward: Forward, packed: Packed, vectors: Vectors) -> bo
     )
 
 
-def _probe(card: ModelCard) -> Packed:
+def _probe(card: ModelCard, tokenizer_json: str) -> Packed:
     """A few sequences of different lengths, the same ids at every start."""
     lengths = np.array([min(length, card.max_tokens) for length in PROBE_LENGTHS], np.int32)
-    firsts = lengths // 2 if card.task is Task.RERANK else None
+    firsts = None
+    if card.task is Task.RERANK:
+        pair = PairTokenizer(tokenizer_json, card.max_tokens).query("a")(["a"]).packed
+        typed = pair.types().any()  # RoBERTa and its kin tell the two texts apart by what stands between them
+        firsts = lengths // 2 if typed else lengths
     return Packed(ids=_PROBE_IDS[: int(lengths.sum())], lengths=lengths, firsts=firsts)
 
 

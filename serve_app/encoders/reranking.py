@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
-from serve_app.encoders import SAME_SCORE
+from serve_app.encoders import SAME_LOGIT
 
 _PROBE = 24  # tokens
 
@@ -35,8 +35,12 @@ class Score(torch.nn.Module):
         super().__init__()
         self.head = head
 
+    def logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        logits: torch.Tensor = self.head(hidden)
+        return logits
+
     def forward(self, features: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        return {"sentence_embedding": torch.sigmoid(self.head(features["token_embeddings"]))}
+        return {"sentence_embedding": torch.sigmoid(self.logits(features["token_embeddings"]))}
 
     def get_config_dict(self) -> dict[str, Any]:
         """As sentence-transformers' modules have it: what a fingerprint is made from."""
@@ -77,13 +81,13 @@ def open_reranker(folder: Path, device: str, dtype: torch.dtype, *, trust_remote
     ids = torch.arange(_PROBE, device=device)[None] % 19 + 5
     features = {"input_ids": ids, "attention_mask": torch.ones_like(ids)}
     with torch.inference_mode():
-        expected = torch.sigmoid(model(**features).logits.float())
-    reranker = Reranker(Backbone(model.base_model), Score(_head(model)), AutoTokenizer.from_pretrained(folder, **local))
+        expected = model(**features).logits.float()
+    backbone, score = Backbone(model.base_model), Score(_head(model))
     with torch.inference_mode():
-        found = reranker[1]({"token_embeddings": reranker[0](features)["token_embeddings"].to(dtype)})
-    if float((found["sentence_embedding"].float() - expected).abs().max()) > SAME_SCORE:
+        found = score.logits(backbone(features)["token_embeddings"])
+    if float((found.float() - expected).abs().max()) > SAME_LOGIT:
         raise ValueError(f"a {type(model).__name__} makes its score in a way that is not done here")
-    return reranker
+    return Reranker(backbone, score, AutoTokenizer.from_pretrained(folder, **local))
 
 
 def _head(model: Any) -> torch.nn.Module:

@@ -22,7 +22,7 @@ from serve_app.core.catalog import ModelSpec
 from serve_app.core.known import Task
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import SAME_SCORE, Encoder
+from serve_app.encoders import SAME_LOGIT, Encoder, logits_apart
 from serve_app.encoders.tokenizer import PairTokenizer, Tokenizer
 
 SAME = 0.9999  # cosine: what the same text may differ by from batch to batch, and a damaged model does not reach
@@ -84,8 +84,8 @@ class Record:
         if self.entry["deterministic"] and not np.array_equal(rows, before):
             return "gives vectors that are not the recorded ones to the bit, which `deterministic` promises"
         if self.entry.get("task") == Task.RERANK:
-            apart = float(np.abs(rows - before).max())
-            return None if apart <= SAME_SCORE else f"gives scores that are {apart:.4f} apart from those recorded"
+            apart = logits_apart(rows, before)
+            return None if apart <= SAME_LOGIT else f"gives scores whose logits are {apart:.3f} from those recorded"
         cosine = float((rows.astype(np.float64) * before).sum(axis=1).min())
         return None if cosine >= SAME else f"gives vectors with a cosine of {cosine:.6f} to those recorded"
 

@@ -46,41 +46,55 @@ class PairTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.no_truncation()
         self._max_tokens = max_tokens
-        self._special = self._tokenizer.num_special_tokens_to_add(is_pair=True)
+        self._any = self._tokenizer.encode("a", add_special_tokens=False)
+        self._any.truncate(1)
 
     def query(self, text: str, max_document_tokens: int | None = None) -> DocumentTokenizer:
         """For the documents of one query. Raises TooManyTokens if it leaves them no room."""
         query = self._tokenizer.encode(text, add_special_tokens=False)
-        room = self._max_tokens - self._special - len(query)
+        pair = self._tokenizer.post_process(query, self._any)
+        room = self._max_tokens - (len(pair) - 1)
         if room < 1:
-            most = self._max_tokens - self._special - 1
             raise TooManyTokens(
-                f"The query has {len(query):,} tokens; in this model's context a document has room beside {most:,}.",
+                f"The query has {len(query):,} tokens; of this model's {self._max_tokens:,} a document has room beside "
+                f"{len(query) + room - 1:,}.",
                 param="query",
             )
-        return DocumentTokenizer(self._tokenizer, query, min(room, max_document_tokens or room))
+        return DocumentTokenizer(self._tokenizer, pair, min(room, max_document_tokens or room))
 
 
 class DocumentTokenizer:
     """One sequence for each document: the query comes first, and is tokenised once."""
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer, query: tokenizers.Encoding, room: int) -> None:
-        """room: tokens of a document, of which the rest is cut."""
+    def __init__(self, tokenizer: tokenizers.Tokenizer, pair: tokenizers.Encoding, room: int) -> None:
+        """pair: the query with any document of one token. room: tokens of a document, of which the rest is cut."""
         self._tokenizer = tokenizer
-        self._query = query
         self._room = room
+        at = pair.sequence_ids.index(1)
+        self._before, self._behind = (np.array(ids, np.int32) for ids in (pair.ids[:at], pair.ids[at + 1 :]))
+        self._typed = any(pair.type_ids)
+        if self._typed and pair.type_ids != [0] * at + [1] * (len(pair) - at):
+            raise ValueError("this tokenizer's types are not those of a first and a second text")
+
+    @property
+    def least_tokens(self) -> int:
+        """Of each sequence, whatever its document: the query and the special tokens."""
+        return len(self._before) + len(self._behind)
 
     def __call__(self, texts: Sequence[str]) -> Tokenized:
         """Exactly the ids and types that a CrossEncoder would feed the model."""
-        documents = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
-        cut_off = np.array([max(0, len(document) - self._room) for document in documents], np.int32)
-        for document in documents:
-            document.truncate(self._room)
-        pairs = [self._tokenizer.post_process(self._query, document) for document in documents]
-        lengths = np.array([len(pair) for pair in pairs], np.int32)
-        firsts = np.array([len(pair) - sum(pair.type_ids) for pair in pairs], np.int32)
-        ids = _flat((pair.ids for pair in pairs), int(lengths.sum()))
-        return Tokenized(packed=Packed(ids=ids, lengths=lengths, firsts=firsts), found=lengths + cut_off)
+        documents = [it.ids for it in self._tokenizer.encode_batch_fast(list(texts), add_special_tokens=False)]
+        found = np.array([len(document) for document in documents], np.int32)
+        kept = np.minimum(found, self._room)
+        pieces = [
+            piece
+            for document in documents
+            for piece in (self._before, np.array(document[: self._room], np.int32), self._behind)
+        ]
+        lengths = kept + np.int32(self.least_tokens)
+        firsts = np.full_like(lengths, len(self._before)) if self._typed else lengths
+        packed = Packed(ids=np.concatenate(pieces), lengths=lengths, firsts=firsts)
+        return Tokenized(packed=packed, found=found + np.int32(self.least_tokens))
 
 
 def _flat(rows: Iterable[Sequence[int]], count: int) -> TokenIds:

@@ -12,7 +12,7 @@ from fastapi import APIRouter, FastAPI, Response
 from starlette.routing import Mount
 from starlette.types import Message
 
-from serve_app.api import OPEN, Edge, build_app
+from serve_app.api import ALIASES, OPEN, Edge, build_app
 from serve_app.core import keys
 from serve_app.stores import Store
 from tests.service.fakes import AUTHORIZATION, CARD, KEY, FakeModel, FakeModels, service_over, shared_store
@@ -152,6 +152,7 @@ async def test_every_route_of_the_table_is_closed_but_two() -> None:
         "/\\health",
         "/he%61lth%2f",
         "http://test/health",
+        *ALIASES,
         "/docs",
         "/redoc",
         "/openapi.yaml",

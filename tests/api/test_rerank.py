@@ -172,6 +172,29 @@ async def test_a_whole_number_may_be_written_as_any(client: httpx.AsyncClient) -
     assert replies[0].content == replies[1].content
 
 
+async def test_a_query_may_leave_room_for_one_token(client: httpx.AsyncClient) -> None:
+    assert (await client.post(PATH, json=asking(query="dog " * 252))).status_code == 200
+
+
+@pytest.mark.parametrize(
+    "documents",
+    [
+        b'[{"text": "a", "text": "b"}]',
+        b'["a", {"text": "a", "id": "1", "id": "2"}]',
+        b'[{"text": "a", "t\\u0065xt": "b"}]',
+    ],
+)
+async def test_a_document_that_says_two_things_is_refused(client: httpx.AsyncClient, documents: bytes) -> None:
+    body = b'{"model": "reranker", "query": "a", "documents": %b}' % documents
+    reply = await client.post(PATH, content=body, headers={"Content-Type": "application/json"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json")
+
+
+async def test_texts_that_look_like_names_are_texts(client: httpx.AsyncClient) -> None:
+    documents = [{"text": 'a "text" with "id"', "id": "text"}, "text", {"text": "id", "id": "id"}]
+    assert (await client.post(PATH, json=asking(documents=documents, query="text"))).status_code == 200
+
+
 MANY = ["a"] * 501
 
 
@@ -188,8 +211,10 @@ MANY = ["a"] * 501
         ({"texts": "a"}, "invalid_input", "texts", "must be an array"),
         ({"texts": ["a", ""]}, "invalid_input", "texts[1]", "empty string"),
         ({"texts": [{"text": "a"}]}, "invalid_input", "texts[0]", "not a string"),
-        ({"texts": None, "documents": [{"id": "a"}]}, "invalid_input", "documents[0]", "an object of text"),
-        ({"texts": None, "documents": [{"text": "a", "title": "b"}]}, "invalid_input", "documents[0]", "an object"),
+        ({"texts": None, "documents": [{"id": "a"}]}, "missing_required_field", "documents[0].text", "is required"),
+        ({"texts": None, "documents": [{"text": "a", "txt": "b"}]}, "unknown_parameter", "documents[0].txt", "'text'"),
+        ({"texts": None, "documents": [{"text": "a", "b c": 1}]}, "unknown_parameter", None, "no parameter"),
+        ({"texts": None, "documents": [["a"]]}, "invalid_input", "documents[0]", "not a string"),
         ({"texts": None, "documents": ["a", {"text": 7}]}, "invalid_input", "documents[1].text", "not a string"),
         ({"texts": None, "documents": [{"text": "a", "id": 7}]}, "invalid_input", "documents[0].id", "1 to 512"),
         ({"texts": None, "documents": [{"text": "a", "id": "x" * 513}]}, "invalid_input", "documents[0].id", "512"),
@@ -204,19 +229,15 @@ MANY = ["a"] * 501
         ({"max_tokens_per_doc": -1}, "unsupported_parameter", "max_tokens_per_doc", "integer from 1"),
         ({"return_documents": "yes"}, "unsupported_parameter", "return_documents", "true or false"),
         ({"document": ["a"]}, "unknown_parameter", "document", "documents"),
-        ({"query": "dog " * 252}, None, None, None),
         ({"query": "dog " * 253}, "too_many_tokens", "query", "The query has 253 tokens; .* room beside 252"),
         ({"model": CARD.id}, "unsupported_parameter", "model", "embeds texts: send them to POST /v1/embeddings"),
         ({"model": "reranker-query"}, "model_not_found", "model", "no model"),
     ],
 )
 async def test_what_cannot_be_ranked_is_refused(
-    client: httpx.AsyncClient, store: Store, body: dict[str, Any], code: str | None, param: str, says: str
+    client: httpx.AsyncClient, store: Store, body: dict[str, Any], code: str, param: str | None, says: str
 ) -> None:
     reply = await client.post(PATH, json=asking(texts=["a"]) | body)
-    if code is None:
-        assert reply.status_code == 200
-        return
     assert reply.status_code == (404 if code == "model_not_found" else 400)
     error = reply.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
@@ -232,6 +253,22 @@ async def test_the_tokens_of_all_pairs_are_within_the_class(client: httpx.AsyncC
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "too_many_tokens")
     assert f"{limit:,}" in reply.json()["error"]["message"]
     assert reply.json()["error"]["param"] == "texts"
+
+
+async def test_tokenize_counts_what_will_be_billed(client: httpx.AsyncClient) -> None:
+    asked: dict[str, Any]
+    for asked in ({"texts": TEXTS}, {"documents": [{"text": "dog " * 400}, "fox"], "max_tokens_per_doc": 300}):
+        counted = await client.post("/v1/tokenize", json={"model": "reranker", "query": QUERY, **asked})
+        assert counted.status_code == 200, counted.text
+        ranked = (await client.post(PATH, json={"model": "reranker", "query": QUERY, **asked})).json()
+        assert counted.json()["usage"] == ranked["usage"]
+        cut = [it["index"] for it in counted.json()["data"] if it["truncated"]]
+        assert cut == [it["index"] for it in ranked["usage"].get("warnings", [])]
+    for wrong, param in (({"texts": ["a"], "top_n": 1}, "top_n"), ({"input": "a", "texts": ["a"]}, "input")):
+        refused = await client.post("/v1/tokenize", json={"model": "reranker", "query": "a", **wrong})
+        assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
+    refused = await client.post("/v1/tokenize", json={"model": CARD.id, "query": "a", "texts": ["a"]})
+    assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/tokenize"])

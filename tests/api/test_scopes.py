@@ -10,7 +10,7 @@ import httpx2 as httpx
 import pytest
 from starlette.routing import Route
 
-from serve_app.api import OPEN, build_app
+from serve_app.api import ALIASES, OPEN, build_app
 from serve_app.core import keys
 from serve_app.core.keys import ENDPOINTS, ApiKey, Plan, Workspace
 from serve_app.stores import Store, open_store
@@ -56,6 +56,15 @@ async def test_a_key_reaches_its_endpoints_and_no_other(store: Store, allowed: t
         for path, (method, body) in REQUESTS.items():
             answer = await http.request(method, path, json=body)
             assert code(answer) == (None if allowed is None or path in allowed else "endpoint_not_allowed"), path
+
+
+@pytest.mark.parametrize(("alias", "path"), ALIASES.items())
+async def test_an_alias_is_the_route_that_it_stands_for(store: Store, alias: str, path: str) -> None:
+    method, body = REQUESTS[path]
+    async with await client(store, endpoints=(path,)) as http:
+        assert code(await http.request(method, alias, json=body)) is None
+    async with await client(store, endpoints=("/v1/models", alias)) as http:
+        assert code(await http.request(method, alias, json=body)) == "endpoint_not_allowed"
 
 
 @pytest.mark.parametrize("path", ["/v1/models/bge-m3", "/v1/models/BAAI/bge-m3"])

@@ -304,12 +304,15 @@ def test_a_list_tells_what_is_not_here(run: Run, folder: Path, tmp_path: Path) -
         {"id": "own", "source": str(folder), "dimensions": [16, 8]},
         {"id": "gone", "source": "/no/such/folder"},
         {"id": "later", "source": f"hub:{NAME}@{COMMIT}"},
+        {"id": "ranks", "source": "/no/such/reranker", "task": "rerank"},
     )
     result = run("models", "list", "--config", config, "--json")
     rows = {row["id"]: row for row in orjson.loads(result.stdout)}
     assert (rows["own"]["dimensions"], rows["own"]["folder"]) == ([32, 16, 8], str(folder))
     assert [rows[id]["present"] for id in ("own", "gone", "later")] == [True, False, False]
     assert "has not been downloaded" in rows["later"]["missing"]
+    assert [rows[id]["task"] for id in ("own", "ranks")] == ["embed", "rerank"]
+    assert "a score" in run("models", "list", "--config", config).stdout
     assert "/no/such/folder" in run("models", "list", "--config", config).stdout
 
 

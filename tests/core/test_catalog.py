@@ -331,6 +331,8 @@ def test_a_reranker_has_nothing_that_is_for_vectors(setting: dict[str, Any]) -> 
     assert spec(task="rerank").task is Task.RERANK
     with pytest.raises(ValidationError, match=f"task is rerank: {next(iter(setting))} is for models that embed"):
         spec(task="rerank", **setting)
+    with pytest.raises(ValidationError, match="max_tokens is 63: a query and a document need 64 together"):
+        spec(task="rerank", max_tokens=63)
     assert spec(**setting).task is Task.EMBED
 
 

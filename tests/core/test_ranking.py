@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from serve_app.core import schema
 from serve_app.core.ranking import Document, render
+from serve_app.core.replies import Reply
 from serve_app.core.vectors import Vectors
 
 USAGE = {"prompt_tokens": 9, "total_tokens": 9}
@@ -86,4 +87,11 @@ def test_any_scores_are_ranked_and_the_same_bytes_come_again(numbers: list[float
     found = [it["score"] for it in body["scores"]]
     assert np.array_equal(np.array(found, np.float32), scores)
     assert [it["score"] for it in body["rankings"]] == sorted(found, reverse=True)[:top_n]
-    assert body == answer(scores, documents, top_n=top_n)
+    reply = Reply(
+        vectors=scores[:, None], model="it", usage=USAGE, encoding_format="float", fingerprint="f", request_id="r"
+    )
+    kept = Reply.unpack(reply.pack()).vectors[:, 0]
+    once, again = [
+        render(it, documents, model="it", usage=USAGE, top_n=top_n, texts=True, cohere=True) for it in (scores, kept)
+    ]
+    assert once == again

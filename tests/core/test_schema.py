@@ -17,7 +17,7 @@ from serve_app.core.errors import (
     UnknownParameter,
     UnsupportedParameter,
 )
-from serve_app.core.schema import TOKEN_IDS_MESSAGE, EmbeddingsRequest, TokenizeRequest, canonical, parse
+from serve_app.core.schema import TOKEN_IDS_MESSAGE, EmbeddingsRequest, RerankRequest, TokenizeRequest, canonical, parse
 
 quick = settings(max_examples=100, deadline=None)
 
@@ -67,6 +67,28 @@ def test_to_a_reply_that_is_kept_a_body_without_input_type_is_what_it_was_before
     kept = b'{"dimensions":null,"encoding_format":"float","input":["a text"],"model":"bge-m3","user":null}'
     assert canonical(embeddings(asking())) == canonical(embeddings(asking(input_type=None))) == kept
     assert canonical(embeddings(asking(input_type="query"))) != kept
+
+
+def test_to_a_reply_that_is_kept_a_body_to_rank_documents_says_what_is_not_its_default() -> None:
+    asked: dict[str, Any] = {
+        "model": "m",
+        "query": "q",
+        "documents": ["a", {"text": "b", "id": "1"}, {"text": "c", "id": None}],
+    }
+    kept = b'{"documents":[["a"],["b","1"],["c"]],"model":"m","query":"q"}'
+    stated = {"texts": None, "top_n": None, "return_documents": False, "max_tokens_per_doc": None, "user": None}
+    for body in (asked, asked | stated):
+        assert canonical(parse(RerankRequest, json.dumps(body).encode())) == kept
+    others: list[dict[str, Any]] = [
+        {"top_n": 2.0},
+        {"return_documents": True},
+        {"user": "u"},
+        {"max_tokens_per_doc": 9},
+    ]
+    texts = {name: value for name, value in asked.items() if name != "documents"} | {"texts": ["a", "b", "c"]}
+    bodies = [asked, *(asked | other for other in others), texts]
+    assert len({canonical(parse(RerankRequest, json.dumps(body).encode())) for body in bodies}) == len(bodies)
+    assert canonical(parse(RerankRequest, json.dumps(texts).encode())).startswith(b'{"model":"m","query":"q","texts":')
 
 
 def test_a_string_is_the_same_request_as_a_list_of_it() -> None:

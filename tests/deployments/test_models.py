@@ -4,6 +4,7 @@ import asyncio
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import pytest
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
@@ -19,10 +20,12 @@ from ray.serve.schema import (
 from serve_app.core.catalog import ModelCard, ModelSpec, SizeClass, deployment_name
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound, ServiceError
 from serve_app.core.packing import ALONE, Packed
+from serve_app.deployments import model as models
 from serve_app.deployments.encoder import Description, OtherFingerprint
 from serve_app.deployments.model import Ready, Threads
 from serve_app.deployments.models import LiveModels
 from serve_app.dispatch import Unit, UnitReply
+from serve_app.recall import ENTRY_BYTES
 from tests.service.fakes import bundled_tokenizer_json
 
 RUNNING, DEPLOYING = ApplicationStatus.RUNNING, ApplicationStatus.DEPLOYING
@@ -230,3 +233,35 @@ async def test_what_a_replica_could_not_do_has_its_own_answer(
     with pytest.raises(error):
         await model.encode(Packed.join([(await model.tokenize(["hello"])).packed]), ALONE, no_store=False)
     assert handle.asked == len(outcomes)
+
+
+async def test_what_a_model_keeps_is_told_and_is_nothing_once_it_goes_or_is_replaced(
+    live: LiveModels, handle: Handle, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Told:
+        bytes = -1
+
+        def set(self, value: int, tags: dict[str, str]) -> None:
+            assert tags == {"model": CARD.name}
+            self.bytes = value
+
+    async def answered(unit: Unit) -> UnitReply:
+        return UnitReply(vectors=np.ones((len(unit.packed.lengths), 4), np.float32), compute_s=0.0)
+
+    told = Told()
+    monkeypatch.setattr(models, "CACHE_BYTES", told)
+    handle.card = replace(CARD, cache_bytes=10_000)
+    await learn(live, a=app(RUNNING, 1))
+    assert told.bytes == 0
+    model = live.resolve("small")
+    assert isinstance(model, Ready)
+    model.dispatcher._send = answered
+    await model.encode((await model.tokenize(["hello", "there"])).packed, ALONE, no_store=False)
+    assert told.bytes == 2 * (4 * 4 + ENTRY_BYTES)
+    handle.card = replace(CARD, cache_bytes=20_000)
+    await learn(live, a=app(RUNNING, 1, at=2.0))
+    assert live.resolve("small") is not model
+    assert told.bytes == 0
+    told.bytes = -1
+    live.learn(status())
+    assert told.bytes == 0

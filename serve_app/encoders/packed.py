@@ -8,6 +8,7 @@ model's own modules, run over the same buckets.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,12 +20,12 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from serve_app.core.packing import Packed, runs
 from serve_app.core.vectors import Vectors
+from serve_app.encoders.linear import can_prepack, fix_rows, prepack
 
 ATTENTION = "packed"
 BUCKET = 16  # tokens: finer buckets mean more kernels, coarser ones more padding (measured best of 1, 8, 16, 32)
 SMALL_ROWS = (16, 32, 64, 128, 256)
 ROW_STEP = 256
-PRODUCT_ROWS = 64  # of one product of a deterministic model
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +103,20 @@ AttentionInterface.register(ATTENTION, packed_attention)
 AttentionMaskInterface.register(ATTENTION, lambda *_, **__: None)
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Tokens:
+    """What goes through a transformer: sequences end to end, the shortest first. ids, positions, types: [1, rows]."""
+
+    ids: torch.Tensor
+    positions: torch.Tensor
+    types: torch.Tensor | None  # of pairs alone
+    lengths: Sequence[int]  # of the sequences; rows behind them are padding
+    buckets: Sequence[Bucket]
+
+
+Through = Callable[[Tokens], torch.Tensor]  # -> [rows, width], the last hidden states
+
+
 class PackedForward:
     """`forward(Packed)` for one model on one device."""
 
@@ -115,6 +130,8 @@ class PackedForward:
         """
         if deterministic:
             fix_rows(model)
+        elif type(self) is PackedForward and model.device.type == "cpu" and can_prepack(model.dtype):
+            prepack(model[0])
         transformer, *self._head = model
         self._transformer = transformer.auto_model
         self._device = model.device
@@ -124,33 +141,44 @@ class PackedForward:
 
     def __call__(self, packed: Packed) -> Vectors:
         """float32 [sequences, dimensions], in the order given."""
+        return self._run(packed, self._through)
+
+    def _run(self, packed: Packed, through: Through) -> Vectors:
+        """Sorted by length, through the transformer, pooled, and in the order given again."""
         order = np.argsort(packed.lengths, kind="stable")
         lengths = packed.lengths[order]
         starts = np.concatenate(([0], np.cumsum(packed.lengths)[:-1]))[order]
         total = int(lengths.sum())
         rows = rows_for(total) if self._fixed_rows else total
         offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
-        ids, positions = np.zeros((2, rows), np.int64)
         chosen = np.repeat(starts, lengths) + offsets
-        ids[:total] = packed.ids[chosen]
-        positions[:total] = self._positions(ids[:total], lengths, offsets)
-        buckets = self._buckets(lengths)
-        pairs = {}
+        ids, positions, types = np.zeros((3, 1, rows), np.int64)
+        ids[0, :total] = packed.ids[chosen]
+        positions[0, :total] = self._positions(ids[0, :total], lengths, offsets)
         if packed.firsts is not None:
-            types = np.zeros(rows, np.int64)
-            types[:total] = packed.types()[chosen]
-            pairs = {"token_type_ids": self._tensor(types)[None]}
-        hidden = self._transformer(
-            input_ids=self._tensor(ids)[None],
-            position_ids=self._tensor(positions)[None] + self._first_position,
-            attention_mask=None,
-            buckets=buckets,
-            **pairs,
-        ).last_hidden_state[0]
-        pooled = torch.cat([self._pool(hidden, bucket) for bucket in buckets])
+            types[0, :total] = packed.types()[chosen]
+        tokens = Tokens(
+            ids=self._tensor(ids),
+            positions=self._tensor(positions) + self._first_position,
+            types=None if packed.firsts is None else self._tensor(types),
+            lengths=lengths.tolist(),
+            buckets=self._buckets(lengths),
+        )
+        hidden = through(tokens)
+        pooled = torch.cat([self._pool(hidden, bucket) for bucket in tokens.buckets])
         vectors = np.empty(pooled.shape, np.float32)
         vectors[order] = pooled.cpu().numpy()
         return vectors
+
+    def _through(self, tokens: Tokens) -> torch.Tensor:
+        hidden: torch.Tensor = self._transformer(
+            input_ids=tokens.ids,
+            position_ids=tokens.positions,
+            attention_mask=None,
+            buckets=tokens.buckets,
+            **({} if tokens.types is None else {"token_type_ids": tokens.types}),
+        ).last_hidden_state[0]
+        return hidden
 
     def _positions(
         self, ids: np.ndarray[Any, Any], lengths: np.ndarray[Any, Any], offsets: np.ndarray[Any, Any]
@@ -188,25 +216,6 @@ class PackedForward:
 
     def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
         return torch.from_numpy(array).to(self._device, non_blocking=True)
-
-
-class FixedRowsLinear(torch.nn.Linear):
-    """A linear layer that multiplies `PRODUCT_ROWS` rows at a time: their number may decide how a row is computed."""
-
-    def forward(self, input: torch.Tensor) -> torch.Tensor:
-        rows = input.reshape(-1, self.in_features)
-        padded = functional.pad(rows, (0, 0, 0, -len(rows) % PRODUCT_ROWS))
-        products = [functional.linear(some, self.weight, self.bias) for some in torch.split(padded, PRODUCT_ROWS)]
-        return torch.cat(products)[: len(rows)].view(*input.shape[:-1], self.out_features)
-
-
-def fix_rows(model: torch.nn.Module) -> None:
-    """Makes every linear layer a FixedRowsLinear, in place. Raises ValueError for a kind that it does not know."""
-    for name, layer in model.named_modules():
-        if type(layer) is torch.nn.Linear:
-            layer.__class__ = FixedRowsLinear
-        elif isinstance(layer, torch.nn.Linear) and type(layer) is not FixedRowsLinear:
-            raise ValueError(f"{name} is a {type(layer).__name__}, whose number of rows is not fixed here")
 
 
 def first_position(transformer: torch.nn.Module) -> int:

@@ -11,7 +11,8 @@ from torch.nn import functional
 
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders.packed import BUCKET, PRODUCT_ROWS, Bucket, FixedRowsLinear, PackedForward, fix_rows
+from serve_app.encoders.linear import PRODUCT_ROWS, FixedRowsLinear, fix_rows
+from serve_app.encoders.packed import BUCKET, Bucket, PackedForward
 from tests.checkpoints import make_checkpoint, reference
 from tests.encoders.determinism import BUNDLED, compare, in_batches, opened, some_texts
 
@@ -74,7 +75,7 @@ def test_every_product_has_the_same_number_of_rows(monkeypatch: pytest.MonkeyPat
     inputs = [torch.randn(1, rows, 8) for rows in (1, PRODUCT_ROWS - 1, PRODUCT_ROWS, 3 * PRODUCT_ROWS + 5)]
     expected = [layer(rows) for rows in inputs]
     fix_rows(layer)
-    monkeypatch.setattr("serve_app.encoders.packed.functional.linear", counted)
+    monkeypatch.setattr("serve_app.encoders.linear.functional.linear", counted)
     for rows, right in zip(inputs, expected, strict=True):
         torch.testing.assert_close(layer(rows), right)
     assert seen == [PRODUCT_ROWS] * (1 + 1 + 1 + 4)

@@ -20,7 +20,7 @@ import torch
 
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import Encoder, loading, packed
+from serve_app.encoders import Encoder, bert, loading, packed
 from serve_app.encoders.packed import Bucket, PackedForward
 from serve_app.encoders.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint, prose, reference, set_pooling
@@ -355,6 +355,7 @@ def test_a_packed_forward_that_disagrees_is_not_used(
     bug: Callable[[pytest.MonkeyPatch], None],
 ) -> None:
     right = subjects.open(model, "float32")
+    monkeypatch.setattr(bert, "fits", lambda model: False)
     bug(monkeypatch)
     encoder = opened(str(subjects.folder(model)), "float32")
     assert "serving padded batches" in caplog.text

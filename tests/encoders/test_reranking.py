@@ -21,7 +21,7 @@ from sentence_transformers import CrossEncoder
 from serve_app.core.catalog import ModelSpec
 from serve_app.core.packing import Packed, TokenIds
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import Encoder, loading, open_encoder, reranking, self_test
+from serve_app.encoders import Encoder, bert, loading, open_encoder, reranking, self_test
 from serve_app.encoders.tokenizer import PairTokenizer
 from tests.checkpoints import make_checkpoint, make_reranker, prose
 
@@ -112,6 +112,7 @@ def test_padded_batches_give_the_same_scores(
             rows: Vectors = super().__call__(packed)
             return 1 - rows
 
+    monkeypatch.setattr(bert, "fits", lambda model: False)
     monkeypatch.setattr(loading, "PackedForward", Mistaken)
     encoder = opened(subjects[kind].folder)
     assert "serving padded batches" in caplog.text
@@ -127,6 +128,7 @@ def test_a_forward_that_takes_the_documents_for_the_query_is_not_used(
             rows: Vectors = super().__call__(Packed(ids=packed.ids, lengths=packed.lengths))
             return rows
 
+    monkeypatch.setattr(bert, "fits", lambda model: False)
     monkeypatch.setattr(loading, "PackedForward", Mistaken)
     opened(subjects["bert"].folder)
     assert "serving padded batches" in caplog.text

@@ -115,14 +115,14 @@ def attention_by_squares(query: torch.Tensor, key: torch.Tensor, value: torch.Te
 
     torch's softmax costs more there than both products. Exponentials need no largest score to be looked for, if they
     neither overflow nor vanish: those of half the scores do neither, and their squares are scaled while they are
-    computed. Keys are centred, which no softmax sees: so each row's largest score is at least 0. One more column of
-    the values, of ones, makes the sums. A row beyond comes out as not finite.
+    computed. Keys are taken relative to the first one, which no softmax sees: so each row has a score of 0, and its
+    largest is no less. One more column of the values, of ones, makes the sums. A row beyond comes out as not finite.
     """
     count, heads, length, width = query.shape
-    centred = (key - key.mean(2, keepdim=True)).reshape(count * heads, length, width)
+    relative = (key - key[:, :, :1]).reshape(count * heads, length, width)
     values = value.new_ones(count, heads, length, width + 2)  # an even number: kernels take columns in pairs
     values[..., :width] = value
-    halves = torch.bmm(query.reshape(count * heads, length, width), centred.transpose(1, 2)).exp_()
-    squares = torch.addcmul(halves.new_zeros(()), halves, halves, value=SQUARED_SCALE)
+    halves = torch.bmm(query.reshape(count * heads, length, width), relative.transpose(1, 2)).exp_()
+    squares = torch.addcmul(halves.new_zeros(()), halves, halves, value=SQUARED_SCALE, out=halves)
     sums = torch.bmm(squares, values.view(count * heads, length, width + 2)).view(values.shape)
     torch.div(sums[..., :width], sums[..., width : width + 1], out=out)

@@ -112,7 +112,7 @@ def test_squares_are_a_softmax(length: int, spread: float) -> None:
 
 @pytest.mark.parametrize("shift", [-300.0, 300.0])
 def test_what_all_scores_of_a_row_have_in_common_changes_nothing(shift: float) -> None:
-    """A bias of the keys: without centring, exponentials of these vanish or overflow."""
+    """A bias of the keys: as they are, exponentials of these vanish or overflow."""
     query, key, value = random_three(20, 0.3)
     query[..., 0], key[..., 0] = 1.0, key[..., 0] + shift / 2
     out = torch.empty_like(value)

@@ -1,8 +1,8 @@
 """From requests to units of work and back: keeps each model's pending sequences and ships them to its replicas.
 
-At most `UNITS_PER_REPLICA` units of a lane are under way for each replica: enough that no replica idles, few enough
-that who goes next is decided here, in turns; and smaller express ones while workspaces get in each other's way. What a
-unit holds, `core/packing.py` decides; `send` is the only way out.
+A replica has at most one unit of a lane more than it computes at once: enough that it never idles, few enough that who
+goes next is decided here, in turns; and smaller express ones while workspaces get in each other's way. What a unit
+holds, `core/packing.py` decides; `send` is the only way out.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from serve_app.core.errors import AtCapacity, InternalError, ServiceError
 from serve_app.core.packing import ALONE, Packed, PackingQueue, Share, Span
 from serve_app.core.vectors import Vectors
 
-UNITS_PER_REPLICA = 2  # one being computed, one waiting at the replica's door
+AT_THE_DOOR = 1  # units that wait at a replica for those that it computes
 EXPRESS_TOKENS = 256  # a request this short travels in the express lane: beside bulk work, not behind it
-CROWD = 8  # an express unit is so much smaller while several workspaces send short requests
+CROWD = 4  # an express unit is so much smaller while several workspaces send short requests
 CROWD_S = 1.0  # for how long after the last of them
 RATE_HALF_LIFE_S = 10.0  # of the measured tokens per second, which `Retry-After` is made from
 
@@ -81,9 +81,10 @@ class _Flight:
 
 @dataclass(slots=True, kw_only=True)
 class _Lane:
-    """One of a model's two queues, and its units under way."""
+    """One of a model's two queues, and its units under way. units: most of them for each replica."""
 
     express: bool
+    units: int
     queue: PackingQueue = field(default_factory=PackingQueue)
     under_way: dict[asyncio.Task[None], list[Span]] = field(default_factory=dict)
 
@@ -99,8 +100,10 @@ class Dispatcher:
         dimensions: int,
         unit_tokens: int,
         unit_sequences: int,
+        at_once: Callable[[bool], int],
         max_pending_tokens: int,
     ) -> None:
+        """at_once: units that a replica computes in a lane, express or not."""
         self.replicas = 1  # kept up to date by whoever knows
         self._send = send
         self._fingerprint = fingerprint
@@ -108,7 +111,9 @@ class Dispatcher:
         self._unit_tokens = unit_tokens
         self._unit_sequences = unit_sequences
         self._max_pending_tokens = max_pending_tokens
-        self._lanes = {express: _Lane(express=express) for express in (True, False)}
+        self._lanes = {
+            express: _Lane(express=express, units=at_once(express) + AT_THE_DOOR) for express in (True, False)
+        }
         self._flights: dict[int, _Flight] = {}
         self._numbers = itertools.count()
         self._rate = _Rate()
@@ -179,7 +184,7 @@ class Dispatcher:
                 task.cancel()
 
     def _pump(self, lane: _Lane) -> None:
-        while len(lane.under_way) < UNITS_PER_REPLICA * max(1, self.replicas):
+        while len(lane.under_way) < lane.units * max(1, self.replicas):
             spans = lane.queue.next_unit(self._size(lane), self._unit_sequences)
             if not spans:
                 return

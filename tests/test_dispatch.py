@@ -14,8 +14,9 @@ from hypothesis import strategies as st
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading
 from serve_app.core.packing import Packed, Share
 from serve_app.core.vectors import Vectors
-from serve_app.dispatch import CROWD, CROWD_S, EXPRESS_TOKENS, UNITS_PER_REPLICA, Dispatcher, Encoded, Unit, UnitReply
+from serve_app.dispatch import AT_THE_DOOR, CROWD, CROWD_S, EXPRESS_TOKENS, Dispatcher, Encoded, Unit, UnitReply
 
+UNITS_PER_REPLICA = 1 + AT_THE_DOOR  # of one that computes one at a time
 LONG = EXPRESS_TOKENS + 44  # one sequence that makes its request travel in the bulk lane
 
 
@@ -75,6 +76,7 @@ def dispatcher(
     *,
     unit_tokens: int = 1000,
     unit_sequences: int = 100,
+    units_at_once: int = 1,
     max_pending_tokens: int = 10**6,
 ) -> Dispatcher:
     return Dispatcher(
@@ -83,6 +85,7 @@ def dispatcher(
         dimensions=2,
         unit_tokens=unit_tokens,
         unit_sequences=unit_sequences,
+        at_once=lambda express: units_at_once,
         max_pending_tokens=max_pending_tokens,
     )
 
@@ -167,21 +170,24 @@ async def test_whatever_is_merged_and_split_every_request_gets_its_own_rows(
     assert max(replica.most_under_way.values()) <= UNITS_PER_REPLICA * replicas
 
 
+@pytest.mark.parametrize("at_once", [1, 2, 8])
 @pytest.mark.parametrize("replicas", [1, 3])
 @pytest.mark.parametrize("express", [True, False])
-async def test_so_many_units_of_a_lane_are_under_way_for_each_replica_and_no_more(replicas: int, express: bool) -> None:
-    replica = Replica()
-    dispatch = dispatcher(replica, unit_tokens=300)
+async def test_so_many_units_of_a_lane_are_under_way_for_each_replica_and_no_more(
+    replicas: int, express: bool, at_once: int
+) -> None:
+    replica, most = Replica(), (at_once + AT_THE_DOOR) * replicas
+    dispatch = dispatcher(replica, unit_tokens=300, units_at_once=at_once)
     dispatch.replicas = replicas
     replica.hold(express=express)
     requests = [
-        start(dispatch.encode(request(10 * number, *([100] if express else [100] * 9)))) for number in range(30)
+        start(dispatch.encode(request(10 * number, *([100] if express else [100] * 9)))) for number in range(40)
     ]
     await settle()
-    assert replica.under_way == Counter({express: UNITS_PER_REPLICA * replicas})
+    assert replica.under_way == Counter({express: most})
     replica.release(express=express)
     await asyncio.gather(*requests)
-    assert replica.most_under_way == Counter({express: UNITS_PER_REPLICA * replicas})
+    assert replica.most_under_way == Counter({express: most})
 
 
 async def test_a_model_that_lost_its_replicas_still_has_a_place_for_one() -> None:

@@ -49,6 +49,7 @@ _LIMITS = {
 }
 MOST_STRINGS = max(limits.strings for limits in _LIMITS.values())
 LEAST_PAIR = 64  # tokens
+MOST_AT_ONCE = 8  # units of a replica: beyond that, each has several threads
 MOST_DOCUMENTS = 500  # of one request to rank them, whatever the model's class
 
 
@@ -83,11 +84,13 @@ class Source:
 
 
 class Scaling(StrictModel):
-    """How many replicas a group may have. Serve adds one when the mean of `target_units` per replica is exceeded."""
+    """How many replicas a group may have. Serve adds one when they have more units than `target_units` says."""
 
     min: Annotated[int, Field(ge=0)] = 1
     max: Annotated[int, Field(ge=1)] = 1
-    target_units: Annotated[float, Field(gt=0)] = 1.5  # an ingress with work to do keeps two units at each replica
+    target_units: Annotated[float, Field(gt=0)] = 1.5
+    """Mean per replica that computes one at a time; of one that computes more, as many more. An ingress with work to do
+    keeps one more at each replica than it computes."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
 
@@ -134,9 +137,9 @@ class ModelSpec(StrictModel):
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPU share per replica: 0.5 puts two on one GPU."""
     threads: Annotated[int, Field(ge=0)] = 0
-    """Torch threads per replica on the CPU. 0 = every core of the node."""
+    """Threads per replica on the CPU: so many units are computed at once, at most 8. 0 = every core of the node."""
     unit_tokens: Annotated[int, Field(ge=64)] | None = None
-    """Tokens in one unit of work. Unset = 2,048 on a CPU, 16,384 on a GPU."""
+    """Tokens in one unit of work. Unset = 1,024 on a CPU, 16,384 on a GPU."""
     native_dimensions: Annotated[int, Field(ge=1)] | None = None
     pooling: Pooling | None = None
     """Both are what the files must say. Unset = whatever they say."""
@@ -199,6 +202,10 @@ class ModelSpec(StrictModel):
         """GPUs that are always kept, in thousandths: of a reserved model only."""
         return round(1000 * self.num_gpus) * self.replicas.min if self.reserved_by else 0
 
+    def units_at_once(self, cores: int) -> int:
+        """That a replica computes of bulk work. cores: of its node."""
+        return 1 if self.resolved_device == "cuda" else min(MOST_AT_ONCE, self.threads or cores)
+
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         if self.device == "auto":
@@ -225,6 +232,11 @@ class ModelCard:
     prompts: Prompts | None = None
     cache_bytes: int = 0
     task: Task = Task.EMBED
+    units_at_once: int = 1  # that a replica computes of bulk work
+
+    def at_once(self, *, express: bool) -> int:
+        """Units that a replica computes in this lane. Of short requests fewer: waiting, they become one unit."""
+        return max(1, self.units_at_once // 2) if express else self.units_at_once
 
     @property
     def unit_sequences(self) -> int:

@@ -1,8 +1,8 @@
 """The encoder replica: one model on one device, fed with units of packed tokens.
 
-The forward pass of each lane has a thread of its own: a short request is computed beside bulk work, not behind it, and
-health checks wait for neither. A batch that fails is taken apart and retried once; only what fails alone, fails. A
-batch loop that is dead or stuck makes the replica unhealthy, and Serve replaces it.
+The forward passes of each lane have threads of their own, on a CPU one for each core: a short request is computed
+beside bulk work, not behind it, and health checks wait for neither. A batch that fails is taken apart and retried once;
+only what fails alone, fails. A batch loop that is dead or stuck makes the replica unhealthy, and Serve replaces it.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ from ray import serve
 from serve_app.core.catalog import ModelCard, ModelSpec
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.deployments.gate import Gate
+from serve_app.deployments.gate import Gate, Run
 from serve_app.dispatch import Unit, UnitReply
 from serve_app.encoders import Encoder, open_encoder, self_test
 
 STUCK_S = 600.0  # far beyond any batch that callers still wait for: their deadline is two minutes
-MAX_UNITS_AT_A_REPLICA = 64  # two units a lane from each of 16 ingress replicas; Serve's default of 5 would be one
+MAX_UNITS_AT_A_REPLICA = 256  # nine units a lane from each of 14 ingress replicas; Serve's default of 5 would be one
 
 BULK_NICENESS = 10  # a tenth of a core that short requests, the ingress or the proxy want at the same time
 
@@ -55,14 +55,17 @@ class EncoderReplica:
     def __init__(self, spec: ModelSpec) -> None:
         self._encoder: Encoder = open_encoder(spec)
         self_test.hold(spec, self._encoder)
-        # By lane, as in dispatch.py: express or not. @serve.batch keeps one queue a method, so each lane has its own.
+        # By lane, as in dispatch.py: express or not.
+        card = self._encoder.card
+        at_once = {express: card.at_once(express=express) for express in (True, False)}
         self._threads = {
-            True: ThreadPoolExecutor(1, thread_name_prefix="express"),
-            False: ThreadPoolExecutor(1, thread_name_prefix="bulk", initializer=_give_way),
+            True: ThreadPoolExecutor(at_once[True], thread_name_prefix="express"),
+            False: ThreadPoolExecutor(at_once[False], thread_name_prefix="bulk", initializer=_give_way),
         }
-        self._batched = {True: self._express_batch, False: self._bulk_batch}
-        most = self._encoder.card.unit_tokens
-        self._gates = {express: Gate(run, max_tokens=most) for express, run in self._batched.items()}
+        self._gates = {
+            express: Gate([self._batched(thread) for _ in range(at_once[express])], max_tokens=card.unit_tokens)
+            for express, thread in self._threads.items()
+        }
 
     async def describe(self) -> Description:
         return Description(card=self._encoder.card, tokenizer_json=self._encoder.tokenizer_json)
@@ -77,19 +80,22 @@ class EncoderReplica:
         return await self._gates[unit.express].submit(unit)
 
     async def check_health(self) -> None:
-        for express, gate in self._gates.items():
+        for gate in self._gates.values():
             if gate.busy_s() > STUCK_S:
                 raise RuntimeError(f"a batch has been running for more than {STUCK_S:g} s")
-            if gate.busy_s() and not await self._batched[express]._is_batching_task_alive():
-                raise RuntimeError("the batch loop is dead")
+            for batched in [*gate.busy]:
+                if not await batched._is_batching_task_alive():  # type: ignore[attr-defined]
+                    raise RuntimeError("the batch loop is dead")
 
-    @serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator]
-    async def _express_batch(self, units: list[Unit]) -> list[UnitReply | Exception]:
-        return await self._forward(self._threads[True], units)
+    def _batched(self, thread: ThreadPoolExecutor) -> Run:
+        """`@serve.batch` keeps one queue a function: batches that run beside each other have functions of their own."""
 
-    @serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator]
-    async def _bulk_batch(self, units: list[Unit]) -> list[UnitReply | Exception]:
-        return await self._forward(self._threads[False], units)
+        @serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator]
+        async def batch(units: list[Unit]) -> list[UnitReply | Exception]:
+            return await self._forward(thread, units)
+
+        run: Run = batch
+        return run
 
     async def _forward(self, thread: ThreadPoolExecutor, units: list[Unit]) -> list[UnitReply | Exception]:
         """One batch. Exceptions are returned, not raised: a raised one would fail every unit of the batch."""

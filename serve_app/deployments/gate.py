@@ -1,4 +1,4 @@
-"""In front of `@serve.batch`: holds the units of one lane while a batch of it runs, and releases the next after it.
+"""In front of `@serve.batch`: holds the units of one lane while as many batches run as may, and then releases the next.
 
 `@serve.batch` alone forms batches by a timer: it collects nothing while a batch runs, and makes an idle caller wait.
 With a wait of zero behind this gate its batches are what came in meanwhile, up to a token budget, and a lone unit goes
@@ -10,10 +10,12 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from serve_app.dispatch import Unit, UnitReply
+
+Run = Callable[[Unit], Awaitable[UnitReply | Exception]]
 
 
 @dataclass(slots=True, eq=False)
@@ -23,14 +25,16 @@ class _Waiting:
 
 
 class Gate:
-    """One a lane and replica. `run` is its `@serve.batch` method: one call a unit; calls of one tick are one batch."""
+    """One a lane and replica. Each of `runs` is a `@serve.batch` function: one call a unit; calls of one tick are one
+    batch, and it has one batch at a time."""
 
-    def __init__(self, run: Callable[[Unit], Awaitable[UnitReply | Exception]], *, max_tokens: int) -> None:
-        self._run = run
+    def __init__(self, runs: Sequence[Run], *, max_tokens: int) -> None:
+        """max_tokens: of one batch, unless a unit alone has more."""
+        self._free = [*runs]
+        self._since_s: dict[Run, float] = {}  # of those that are not free
         self._max_tokens = max_tokens
         self._waiting: deque[_Waiting] = deque()
-        self._batch: asyncio.Task[None] | None = None
-        self._since_s = 0.0
+        self._passing: set[asyncio.Task[None]] = set()
 
     async def submit(self, unit: Unit) -> UnitReply:
         """The unit's rows, or the exception that it alone caused. Cancelled before its batch, it never runs."""
@@ -44,20 +48,28 @@ class Gate:
             if waiting in self._waiting:
                 self._waiting.remove(waiting)
 
+    @property
+    def busy(self) -> Collection[Run]:
+        """Those that have a batch now."""
+        return self._since_s.keys()
+
     def busy_s(self) -> float:
-        """How long the batch that runs now has been running; 0 when none does."""
-        return time.monotonic() - self._since_s if self._batch else 0.0
+        """How long the batch that has been running longest has; 0 when none does."""
+        return max((time.monotonic() - since_s for since_s in self._since_s.values()), default=0.0)
 
     def _open(self) -> None:
-        """Start the next batch, unless one runs. Units that arrive in the same tick still get in."""
-        if self._batch is None and self._waiting:
-            self._since_s = time.monotonic()
-            self._batch = asyncio.get_running_loop().create_task(self._pass())
+        """Start the next batch, if anything is free for it. Units that arrive in the same tick still get in."""
+        if self._free and self._waiting:
+            run = self._free.pop()
+            self._since_s[run] = time.monotonic()
+            task = asyncio.get_running_loop().create_task(self._pass(run))
+            self._passing.add(task)
+            task.add_done_callback(self._passing.discard)
 
-    async def _pass(self) -> None:
+    async def _pass(self, run: Run) -> None:
         try:
             batch = self._take()
-            replies = await asyncio.gather(*(self._run(waiting.unit) for waiting in batch), return_exceptions=True)
+            replies = await asyncio.gather(*(run(waiting.unit) for waiting in batch), return_exceptions=True)
             for waiting, reply in zip(batch, replies, strict=True):
                 if waiting.reply.done():
                     continue
@@ -68,7 +80,8 @@ class Gate:
                 else:
                     waiting.reply.set_result(reply)
         finally:
-            self._batch = None
+            del self._since_s[run]
+            self._free.append(run)
             self._open()
 
     def _take(self) -> list[_Waiting]:

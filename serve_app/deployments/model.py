@@ -116,6 +116,7 @@ class Ready:
             dimensions=card.native_dimensions,
             unit_tokens=card.unit_tokens,
             unit_sequences=card.unit_sequences,
+            at_once=lambda express: card.at_once(express=express),
             max_pending_tokens=max_pending_tokens,
         )
         self._recall = Recall(self.dispatcher.encode, cache_bytes=card.cache_bytes, count=self._answered)

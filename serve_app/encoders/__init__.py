@@ -42,7 +42,7 @@ class Encoder(Protocol):
 
         Of a model that embeds: of unit length. Of one that ranks: [pairs, 1], the score, 0 to 1.
 
-        Blocking; two threads may call it at once. Raises RuntimeError, or MemoryError when a GPU has too little.
+        Blocking; several threads may call it at once. Raises RuntimeError, or MemoryError when a GPU has too little.
         """
         ...
 

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -99,6 +100,12 @@ def test_the_reply_to_a_unit_stays_within_two_mebibytes(native: int) -> None:
     sequences = card(SizeClass.BASE, native=native).unit_sequences
     assert sequences >= 1
     assert sequences == 1 or sequences * native * 4 <= 2**21 < (sequences + 1) * native * 4
+
+
+@pytest.mark.parametrize(("units", "express"), [(1, 1), (2, 1), (3, 1), (4, 2), (8, 4)])
+def test_of_short_requests_fewer_units_are_computed_at_once(units: int, express: int) -> None:
+    model = replace(card(SizeClass.BASE), units_at_once=units)
+    assert (model.at_once(express=False), model.at_once(express=True)) == (units, express)
 
 
 @pytest.mark.parametrize(

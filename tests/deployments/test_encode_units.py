@@ -3,7 +3,10 @@ from __future__ import annotations
 import asyncio
 import os
 import threading
+import time
 import warnings
+from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,12 +18,13 @@ from serve_app.core.catalog import ModelSpec
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.dispatch import Unit, UnitReply
+from tests.service import fakes
 
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own: it still declares pydantic fields the old way
     from serve_app.deployments.encoder import BULK_NICENESS, STUCK_S, EncoderReplica, encode_units
 
-CARD = SimpleNamespace(unit_tokens=64)
+CARD = replace(fakes.CARD, unit_tokens=64, units_at_once=4)
 ENTRY = {"id": "fake", "name": "tests/fake", "source": "/nowhere", "class": "small", "self_tests": None}
 
 
@@ -175,30 +179,45 @@ def test_where_niceness_is_forbidden_bulk_work_runs_all_the_same(monkeypatch: py
     assert replica._threads[False].submit(lambda: "done").result() == "done"
 
 
+class Alive:
+    """What `@serve.batch` makes, as far as a health check looks at it."""
+
+    def __init__(self, is_alive: Callable[[], Awaitable[bool]]) -> None:
+        self._is_batching_task_alive = is_alive
+
+
 @pytest.mark.parametrize("express", [True, False])
 async def test_a_lane_that_is_stuck_or_whose_loop_is_dead_makes_the_replica_unhealthy(
     monkeypatch: pytest.MonkeyPatch, express: bool
 ) -> None:
     alive = {True: True, False: True}
 
-    def batched(lane: bool) -> SimpleNamespace:
+    def batched(lane: bool) -> Alive:
         async def is_alive() -> bool:
             return alive[lane]
 
-        return SimpleNamespace(_is_batching_task_alive=is_alive)
+        return Alive(is_alive)
 
     monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: SimpleNamespace(card=CARD))
     replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
-    monkeypatch.setattr(replica, "_batched", {lane: batched(lane) for lane in (True, False)})
+    gate = replica._gates[express]
     await replica.check_health()
 
-    monkeypatch.setattr(replica._gates[express], "busy_s", lambda: STUCK_S - 1)
+    since_s = time.monotonic() - STUCK_S
+    monkeypatch.setattr(gate, "_since_s", {batched(express): since_s + 5, batched(express): since_s + 9})
     await replica.check_health()
     alive[express] = False
     with pytest.raises(RuntimeError, match="the batch loop is dead"):
         await replica.check_health()
 
     alive[express] = True
-    monkeypatch.setattr(replica._gates[express], "busy_s", lambda: STUCK_S + 1)
+    monkeypatch.setattr(gate, "_since_s", {batched(express): since_s + 5, batched(express): since_s - 1})
     with pytest.raises(RuntimeError, match="a batch has been running for more than 600 s"):
         await replica.check_health()
+
+
+def test_each_lane_computes_as_many_units_at_once_as_its_model_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: SimpleNamespace(card=CARD))
+    replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
+    for lane in (True, False):
+        assert replica._threads[lane]._max_workers == len(replica._gates[lane]._free) == (2 if lane else 4)

@@ -87,7 +87,7 @@ async def device() -> Device:
 
 @pytest.fixture
 async def gate(device: Device) -> Gate:
-    return Gate(device.run, max_tokens=MAX_TOKENS)
+    return Gate([device.run], max_tokens=MAX_TOKENS)
 
 
 async def test_a_lone_unit_goes_straight_through(gate: Gate, device: Device) -> None:
@@ -128,7 +128,7 @@ async def test_a_batch_keeps_the_token_budget_and_the_order(gate: Gate, device: 
 async def test_however_units_arrive_each_runs_once_and_in_its_turn(arrivals: list[tuple[int, bool]]) -> None:
     device = Device()
     units = [unit(tokens) for tokens, _ in arrivals]
-    gate = Gate(device.run, max_tokens=MAX_TOKENS)
+    gate = Gate([device.run], max_tokens=MAX_TOKENS)
     tasks: list[asyncio.Task[UnitReply]] = []
     for arriving, (_, finishes) in zip(units, arrivals, strict=True):
         tasks += await submitted(gate, arriving)
@@ -262,3 +262,46 @@ async def test_the_clock_starts_again_with_each_batch(gate: Gate, device: Device
     assert device.sizes() == [[1], [2]]
     assert 0 < gate.busy_s() < 0.05
     await device.finish()
+
+
+# Several at once
+
+
+async def test_batches_run_beside_each_other_where_they_may_and_what_comes_then_waits() -> None:
+    devices = [Device(), Device()]
+    gate = Gate([device.run for device in devices], max_tokens=MAX_TOKENS)
+    tasks = await submitted(gate, *map(unit, [90, 80, 70, 5]))
+    assert sorted(device.sizes() for device in devices) == [[[80]], [[90]]]
+    tasks += await submitted(gate, unit(6))
+    first = next(device for device in devices if device.sizes() == [[90]])
+    await first.finish()
+    assert first.sizes() == [[90], [70, 5, 6]]
+    assert len(gate.busy) == 2
+    for device in devices:
+        await device.finish()
+    assert await outcomes(tasks) == [90, 80, 70, 5, 6]
+    assert not gate.busy
+    assert gate.busy_s() == 0
+
+
+async def test_small_units_of_one_tick_are_one_batch_though_more_might_run() -> None:
+    devices = [Device(), Device()]
+    gate = Gate([device.run for device in devices], max_tokens=MAX_TOKENS)
+    tasks = await submitted(gate, unit(1), unit(2))
+    assert sorted(device.sizes() for device in devices) == [[], [[1, 2]]]
+    tasks += await submitted(gate, unit(3))
+    assert sorted(device.sizes() for device in devices) == [[[1, 2]], [[3]]]
+    for device in devices:
+        await device.finish()
+    assert await outcomes(tasks) == [1, 2, 3]
+
+
+async def test_the_gate_is_as_busy_as_its_oldest_batch() -> None:
+    devices = [Device(), Device()]
+    gate = Gate([device.run for device in devices], max_tokens=MAX_TOKENS)
+    await submitted(gate, unit(100))
+    await asyncio.sleep(0.05)
+    await submitted(gate, unit(99))
+    assert gate.busy_s() >= 0.05
+    await next(device for device in devices if device.sizes() == [[100]]).finish()
+    assert 0 < gate.busy_s() < 0.05

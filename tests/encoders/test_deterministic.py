@@ -132,9 +132,3 @@ def test_a_packed_forward_whose_bits_depend_on_company_is_not_used(
     texts = some_texts(40, seed=4)
     alone = np.concatenate([encoder.encode(tokenizer([text]).packed) for text in texts])
     assert np.array_equal(in_batches(encoder, tokenizer, texts, 4), alone)
-
-
-def test_a_short_unit_has_as_many_threads_as_a_long_one(sources: dict[str, str]) -> None:
-    encoder, tokenizer = opened(sources["bert"], dtype="float32", deterministic=True, threads=2)
-    encoder.encode(tokenizer(["ba"]).packed)
-    assert torch.get_num_threads() == 2

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -235,10 +237,12 @@ def test_positions_that_depend_on_company_are_refused(tmp_path: Path) -> None:
     assert open_encoder(spec(folder, max_tokens=32)).card.max_tokens == 32
 
 
-@pytest.mark.parametrize(("threads", "used"), [(1, 1), (2, 2), (5, 4), (7, 4), (8, 8)])
-def test_a_deterministic_model_has_a_power_of_two_of_threads(bert: Path, threads: int, used: int) -> None:
-    """Another number cuts element-wise work where no vector of the CPU ends, and its tail has other last bits."""
-    assert open_encoder(spec(bert, deterministic=True, threads=threads)).threads == used  # type: ignore[attr-defined]
+@pytest.mark.parametrize(("threads", "at_once"), [(1, 1), (2, 2), (8, 8), (9, 8)])
+def test_a_replica_computes_as_many_units_at_once_as_it_has_threads_up_to_eight(
+    bert: Path, threads: int, at_once: int
+) -> None:
+    assert open_encoder(spec(bert, threads=threads)).card.units_at_once == at_once
+    assert spec(bert, device="cuda", num_gpus=1, threads=threads).units_at_once(64) == 1
 
 
 def test_the_bundled_model_is_known() -> None:
@@ -416,6 +420,35 @@ def test_the_number_of_threads_holds_in_whatever_thread_calls() -> None:
     torch.set_num_threads(1)
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(encoder.encode, MANY).result()[0, 0] == 2
+
+
+def test_calls_at_once_share_the_threads() -> None:
+    """A core for each is more throughput than all cores for one after the other."""
+    seen: list[int] = []
+    may_go_on = threading.Event()
+
+    def forward(packed: Packed) -> Vectors:
+        seen.append(torch.get_num_threads())
+        if len(seen) == 1:
+            assert may_go_on.wait(20)
+        return four_numbers(packed)
+
+    encoder = encoder_of(forward, threads=4)
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(encoder.encode, MANY)
+        while not seen:
+            time.sleep(0.001)
+        encoder.encode(MANY)
+        may_go_on.set()
+        first.result()
+    encoder.encode(MANY)
+    assert seen == [4, 2, 4]
+
+
+def test_a_deterministic_model_has_one_thread_for_each_call(bert: Path) -> None:
+    """Several would cut a sum in pieces: how many there are would decide its last bits."""
+    open_encoder(spec(bert, deterministic=True, threads=4)).encode(MANY)
+    assert torch.get_num_threads() == 1
 
 
 @pytest.mark.parametrize(("threads", "expected"), [(1, 1), (2, 2)])

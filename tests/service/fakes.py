@@ -130,6 +130,7 @@ class FakeModel:
             dimensions=card.native_dimensions,
             unit_tokens=card.unit_tokens,
             unit_sequences=card.unit_sequences,
+            at_once=lambda express: card.at_once(express=express),
             max_pending_tokens=max_pending_tokens,
         )
         self.answered: Counter[Answered] = Counter()

@@ -7,6 +7,7 @@ it speaks HTTP; below it are the live models (`Models`, filled in by `deployment
 from __future__ import annotations
 
 import asyncio
+import itertools
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -42,6 +43,9 @@ from serve_app.throttle import Standing, Throttle
 
 WARNING_BYTES = 80  # of a stored reply, for each input that was cut
 MODELS = "/v1/models"  # never counted against a rate
+
+
+_PROCESS, _numbers = uuid.uuid4().hex, itertools.count()  # a uuid for each call was a twentieth of an ingress
 
 
 class LiveModel(Protocol):
@@ -82,7 +86,7 @@ class Call:
     request_id: str
     started_s: float
     route: str
-    id: str = field(default_factory=lambda: uuid.uuid4().hex)  # ours alone: a caller may repeat a request id
+    id: str = field(default_factory=lambda: f"{_PROCESS}-{next(_numbers)}")  # ours: a caller may repeat a request id
     idempotency_keys: Sequence[str] = field(default=(), repr=False)
     no_store: bool = False  # its vectors are neither taken from a cache nor kept in one
     caller: Caller | None = None

@@ -1,4 +1,4 @@
-"""The same texts in-process: tokenized, sorted by length, packed to 4,096 tokens, every core. No HTTP, no queue.
+"""The same texts in-process: tokenized, sorted by length, in a replica's units, a core each. No HTTP, no queue.
 
 It runs in a child process with the environment that the encoder replicas get, so that the allocator is the same and
 the client's own CPU time stays apart. It is the best rate that a server around the same encoder could reach.
@@ -11,7 +11,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -23,8 +23,6 @@ from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.encoders import Encoder, open_encoder
 from serve_app.encoders.tokenizer import Tokenizer
-
-UNIT_TOKENS = 4096
 
 Answer = TypeVar("Answer")
 
@@ -42,7 +40,7 @@ class Ceiling:
 
     def __init__(self, entry: dict[str, Any], environment: dict[str, str]) -> None:
         """entry: the `args` of the model's application. environment: what its replicas get."""
-        self._entry = {**entry, "unit_tokens": UNIT_TOKENS}
+        self._entry = entry
         # One OpenMP pool spins long at its barriers: two to three times the CPU as soon as anything else wants a core.
         # Replicas are spared that (they have two pools: one loads, one encodes), so this process is, too.
         self._environment = {"GOMP_SPINCOUNT": "1000", **environment, "TOKENIZERS_PARALLELISM": "true"}
@@ -105,8 +103,9 @@ def _measure(name: str) -> Timing:
     texts = _held[name]
     wall_s, cpu_s = time.perf_counter(), time.process_time()
     packed = _opened[0].tokenizer(texts).packed
-    for _, unit in _units(packed):
-        _opened[0].encoder.encode(unit)
+    with ThreadPoolExecutor(_opened[0].encoder.card.units_at_once) as cores:
+        for _ in cores.map(_opened[0].encoder.encode, (unit for _, unit in _units(packed))):
+            pass
     return Timing(
         wall_s=time.perf_counter() - wall_s,
         cpu_s=time.process_time() - cpu_s,
@@ -126,11 +125,12 @@ def _vectors(texts: list[str]) -> Vectors:
 def _units(packed: Packed) -> Iterator[tuple[list[int], Packed]]:
     """Sequences in order of length, as many at a time as fit: (which ones, their ids)."""
     sequences = np.split(packed.ids, np.cumsum(packed.lengths)[:-1])
-    members, room = list[int](), UNIT_TOKENS
+    most = _opened[0].encoder.card.unit_tokens
+    members, room = list[int](), most
     for index in np.argsort(packed.lengths, kind="stable").tolist():
         if members and len(sequences[index]) > room:
             yield members, _joined(sequences, members)
-            members, room = [], UNIT_TOKENS
+            members, room = [], most
         members.append(index)
         room -= len(sequences[index])
     yield members, _joined(sequences, members)

@@ -31,8 +31,8 @@ from serve_app.encoders import Encoder, open_encoder, self_test
 STUCK_S = 600.0  # far beyond any batch that callers still wait for: their deadline is two minutes
 MAX_UNITS_AT_A_REPLICA = 256  # nine units a lane from each of 14 ingress replicas; Serve's default of 5 would be one
 
-# A forward asks for the interpreter's lock at each of some hundred operators. By default the event loop, once it has the
-# lock, may keep it for 5 ms: up to a fifth of the time of a unit of ten short requests went into that.
+# A forward asks for the interpreter's lock at each of some hundred operators. By default the event loop may keep it for
+# 5 ms once it has it: up to a fifth of the time of a unit of ten short requests went into that.
 SWITCH_S = 0.0002
 BULK_NICENESS = 10  # a tenth of a core that short requests, the ingress or the proxy want at the same time
 

@@ -101,8 +101,7 @@ def model(spec: ModelSpec) -> Application:
         min_replicas=spec.replicas.min,
         initial_replicas=None if spec.replicas.min else 1,  # one loads even of a model that may sleep, to be checked
         max_replicas=spec.replicas.max,
-        # As many more as a replica computes beside the first: if it is to have all cores, as many as this machine has.
-        target_ongoing_requests=spec.replicas.target_units + spec.units_at_once(os.cpu_count() or 1) - 1,
+        target_ongoing_requests=spec.target_units(len(os.sched_getaffinity(0))),
         upscale_delay_s=spec.replicas.upscale_delay_s,
         downscale_delay_s=spec.replicas.downscale_delay_s,
     )

@@ -24,7 +24,8 @@ from serve_app.core.vectors import Vectors
 
 AT_THE_DOOR = 1  # units that wait at a replica for those that it computes
 EXPRESS_TOKENS = 256  # a request this short travels in the express lane: beside bulk work, not behind it
-CROWD = 4  # an express unit is so much smaller while several workspaces send short requests
+CROWD = 4  # an express unit is so much smaller while several workspaces send short requests,
+CROWD_TOKENS = 2_048  # and no larger than this
 CROWD_S = 1.0  # for how long after the last of them
 RATE_HALF_LIFE_S = 10.0  # of the measured tokens per second, which `Retry-After` is made from
 
@@ -198,7 +199,7 @@ class Dispatcher:
     def _size(self, lane: _Lane) -> int:
         """Tokens of the next unit: what is being computed, nobody of its lane can overtake."""
         crowded = lane.express and self._crowd.beside(lane.queue.weights().keys(), time.perf_counter())
-        return max(1, self._unit_tokens // CROWD) if crowded else self._unit_tokens
+        return max(1, min(self._unit_tokens // CROWD, CROWD_TOKENS)) if crowded else self._unit_tokens
 
     def _next(self, lane: _Lane, done: asyncio.Task[None]) -> None:
         spans = lane.under_way.pop(done)

@@ -89,8 +89,8 @@ class Scaling(StrictModel):
     min: Annotated[int, Field(ge=0)] = 1
     max: Annotated[int, Field(ge=1)] = 1
     target_units: Annotated[float, Field(gt=0)] = 1.5
-    """Mean per replica that computes one at a time; of one that computes more, as many more. An ingress with work to do
-    keeps one more at each replica than it computes."""
+    """Mean per replica, of one that computes one short unit at a time; of one that computes more, as many more. An
+    ingress with work to do keeps one more in a lane of each replica than it computes there."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
 
@@ -206,11 +206,23 @@ class ModelSpec(StrictModel):
         """That a replica computes of bulk work. cores: of its node."""
         return 1 if self.resolved_device == "cuda" else min(MOST_AT_ONCE, self.threads or cores)
 
+    def target_units(self, cores: int) -> float:
+        """What Serve may let a replica have before it adds one: less than either lane has while work waits.
+
+        cores: of a replica's node; if nodes differ, `threads` says what they have in common.
+        """
+        return self.replicas.target_units + express_units(self.units_at_once(cores)) - 1
+
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:
         if self.device == "auto":
             return "cuda" if self.num_gpus else "cpu"
         return self.device
+
+
+def express_units(units_at_once: int) -> int:
+    """Of short requests fewer are computed at once: while they wait, they become one unit."""
+    return max(1, units_at_once // 2)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -235,8 +247,8 @@ class ModelCard:
     units_at_once: int = 1  # that a replica computes of bulk work
 
     def at_once(self, *, express: bool) -> int:
-        """Units that a replica computes in this lane. Of short requests fewer: waiting, they become one unit."""
-        return max(1, self.units_at_once // 2) if express else self.units_at_once
+        """Units that a replica computes in this lane."""
+        return express_units(self.units_at_once) if express else self.units_at_once
 
     @property
     def unit_sequences(self) -> int:

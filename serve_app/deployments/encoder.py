@@ -68,8 +68,8 @@ class EncoderReplica:
             False: ThreadPoolExecutor(at_once[False], thread_name_prefix="bulk", initializer=_give_way),
         }
         self._gates = {
-            express: Gate([self._batched(thread) for _ in range(at_once[express])], max_tokens=card.unit_tokens)
-            for express, thread in self._threads.items()
+            express: Gate([self._batched(express) for _ in range(at_once[express])], max_tokens=card.unit_tokens)
+            for express in (True, False)
         }
 
     async def describe(self) -> Description:
@@ -92,14 +92,14 @@ class EncoderReplica:
                 if not await batched._is_batching_task_alive():  # type: ignore[attr-defined]
                     raise RuntimeError("the batch loop is dead")
 
-    def _batched(self, thread: ThreadPoolExecutor) -> Run:
+    def _batched(self, express: bool) -> Run:
         """`@serve.batch` keeps one queue a function: batches that run beside each other have functions of their own."""
 
-        @serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)  # type: ignore[untyped-decorator]
         async def batch(units: list[Unit]) -> list[UnitReply | Exception]:
-            return await self._forward(thread, units)
+            return await self._forward(self._threads[express], units)
 
-        run: Run = batch
+        batch.__name__ = "express_batch" if express else "bulk_batch"  # Serve's metrics go by it
+        run: Run = serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)(batch)
         return run
 
     async def _forward(self, thread: ThreadPoolExecutor, units: list[Unit]) -> list[UnitReply | Exception]:

@@ -6,6 +6,8 @@ are what torch's compiler emits; they are private, so they stand here alone, and
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 from torch.nn import functional
 
@@ -59,13 +61,21 @@ class PrepackedLinear(torch.nn.Linear):
         return self.laid_out(input)
 
 
-def prepack(model: torch.nn.Module) -> None:
-    """Makes every plain linear layer a PrepackedLinear, in place."""
-    for layer in model.modules():
-        if type(layer) is torch.nn.Linear:
-            layer.laid_out = Prepacked(layer.weight, layer.bias)  # type: ignore[assignment]
-            layer.weight = torch.nn.Parameter(layer.weight.new_empty(0), requires_grad=False)
-            layer.__class__ = PrepackedLinear
+def prepack(model: torch.nn.Module) -> Callable[[], None]:
+    """Makes every plain linear layer a PrepackedLinear, in place. What it returns puts them back as they were."""
+    before = [(layer, layer.weight) for layer in model.modules() if type(layer) is torch.nn.Linear]
+    for layer, weight in before:
+        layer.laid_out = Prepacked(weight, layer.bias)  # type: ignore[assignment]
+        layer.weight = torch.nn.Parameter(weight.new_empty(0), requires_grad=False)
+        layer.__class__ = PrepackedLinear
+
+    def undo() -> None:
+        for layer, weight in before:
+            layer.__class__ = torch.nn.Linear
+            layer.weight = weight
+            del layer.laid_out
+
+    return undo
 
 
 class FixedRowsLinear(torch.nn.Linear):

@@ -27,6 +27,7 @@ from serve_app.core.known import Task
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.encoders import SAME_LOGIT, bert, logits_apart, manifest
+from serve_app.encoders.linear import can_prepack, prepack
 from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward, first_position
 from serve_app.encoders.padded import PaddedForward
 from serve_app.encoders.reranking import open_reranker
@@ -72,6 +73,7 @@ class LoadedEncoder:
             self._calls += 1
             share = max(1, self.threads // self._calls)
         try:
+            torch.get_num_threads()  # a thread's first look at it undoes what was set before
             # OpenMP keeps the number of threads per calling thread: it is said at each call, not once at start. A core
             # for each unit is a fifth to two fifths more throughput than all cores for one unit after the other.
             torch.set_num_threads(1 if self._alone or packed.tokens <= ONE_THREAD_TOKENS else share)
@@ -188,7 +190,7 @@ def _card(spec: ModelSpec, folder: Path, weights: dict[str, str], model: Model, 
     max_tokens, dtype = spec.max_tokens or context, str(model.dtype).removeprefix("torch.")
     modules = [[type(module).__name__, module.get_config_dict()] for module in list(model)[1:]]
     facts = [_files(spec, folder, weights), dtype, max_tokens, modules, tokenizer_json]
-    facts += ["deterministic"] * spec.deterministic
+    facts += ["deterministic, a thread a unit"] * spec.deterministic
     facts += [spec.prompts.model_dump()] if spec.prompts else []
     return ModelCard(
         id=spec.id,
@@ -248,7 +250,7 @@ def _forward(spec: ModelSpec, model: Model, card: ModelCard, tokenizer_json: str
     transformer, deterministic = model[0].auto_model, spec.deterministic
     padded, probe = PaddedForward(model, alone=deterministic), _probe(card, tokenizer_json)
     expected, own_attention = padded(probe), transformer.config._attn_implementation
-    if bert.fits(model) and not deterministic:
+    if not deterministic and bert.fits(model):
         try:
             fused = bert.BertForward(model)
             reason = _difference(card, fused(probe), expected)
@@ -264,7 +266,10 @@ def _forward(spec: ModelSpec, model: Model, card: ModelCard, tokenizer_json: str
         vectors = packed(probe)
         reason = _difference(card, vectors, expected)
         if reason is None:
-            if not deterministic or _is_the_same_alone(packed, probe, vectors):
+            if not deterministic:
+                _lay_out(spec, model, card, packed, expected, probe)
+                return packed
+            if _is_the_same_alone(packed, probe, vectors):
                 return packed
             reason = "a vector's last bits depend on what shares its unit"
     except Exception as error:  # whatever a foreign architecture raises: the padded forward is known to work
@@ -272,6 +277,21 @@ def _forward(spec: ModelSpec, model: Model, card: ModelCard, tokenizer_json: str
     logger.warning("%s: the packed forward does not fit this model (%s); serving padded batches", spec.id, reason)
     transformer.set_attn_implementation(own_attention)
     return padded
+
+
+def _lay_out(spec: ModelSpec, model: Model, card: ModelCard, packed: Forward, expected: Vectors, probe: Packed) -> None:
+    """The weights, for a CPU's kernels, unless the model minds."""
+    if model.device.type != "cpu" or not can_prepack(model.dtype):
+        return
+    undo = prepack(model[0])
+    try:
+        reason = _difference(card, packed(probe), expected)
+        if reason is None:
+            return
+    except Exception as error:  # code of its own may read the weights
+        reason = type(error).__name__
+    undo()
+    logger.info("%s: its weights stay as they are (%s)", spec.id, reason)
 
 
 def _difference(card: ModelCard, found: Vectors, expected: Vectors) -> str | None:

@@ -8,7 +8,7 @@ model's own modules, run over the same buckets.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -20,7 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from serve_app.core.packing import Packed, runs
 from serve_app.core.vectors import Vectors
-from serve_app.encoders.linear import can_prepack, fix_rows, prepack
+from serve_app.encoders.linear import fix_rows
 
 ATTENTION = "packed"
 BUCKET = 16  # tokens: finer buckets mean more kernels, coarser ones more padding (measured best of 1, 8, 16, 32)
@@ -114,9 +114,6 @@ class Tokens:
     buckets: Sequence[Bucket]
 
 
-Through = Callable[[Tokens], torch.Tensor]  # -> [rows, width], the last hidden states
-
-
 class PackedForward:
     """`forward(Packed)` for one model on one device."""
 
@@ -130,8 +127,6 @@ class PackedForward:
         """
         if deterministic:
             fix_rows(model)
-        elif type(self) is PackedForward and model.device.type == "cpu" and can_prepack(model.dtype):
-            prepack(model[0])
         transformer, *self._head = model
         self._transformer = transformer.auto_model
         self._device = model.device
@@ -141,10 +136,6 @@ class PackedForward:
 
     def __call__(self, packed: Packed) -> Vectors:
         """float32 [sequences, dimensions], in the order given."""
-        return self._run(packed, self._through)
-
-    def _run(self, packed: Packed, through: Through) -> Vectors:
-        """Sorted by length, through the transformer, pooled, and in the order given again."""
         order = np.argsort(packed.lengths, kind="stable")
         lengths = packed.lengths[order]
         starts = np.concatenate(([0], np.cumsum(packed.lengths)[:-1]))[order]
@@ -164,13 +155,14 @@ class PackedForward:
             lengths=lengths.tolist(),
             buckets=self._buckets(lengths),
         )
-        hidden = through(tokens)
+        hidden = self._through(tokens)
         pooled = torch.cat([self._pool(hidden, bucket) for bucket in tokens.buckets])
         vectors = np.empty(pooled.shape, np.float32)
         vectors[order] = pooled.cpu().numpy()
         return vectors
 
     def _through(self, tokens: Tokens) -> torch.Tensor:
+        """[rows, width]: the last hidden states."""
         hidden: torch.Tensor = self._transformer(
             input_ids=tokens.ids,
             position_ids=tokens.positions,

@@ -108,6 +108,16 @@ def test_of_short_requests_fewer_units_are_computed_at_once(units: int, express:
     assert (model.at_once(express=False), model.at_once(express=True)) == (units, express)
 
 
+@pytest.mark.parametrize("entry", [{}, {"threads": 1}, {"threads": 3}, {"device": "cuda", "num_gpus": 1}])
+@pytest.mark.parametrize("cores", [1, 2, 3, 4, 8, 64])
+def test_either_lane_alone_has_more_units_than_serve_lets_a_replica_have(cores: int, entry: dict[str, Any]) -> None:
+    """Else a queue of short requests might grow for ever beside one replica."""
+    asked = spec(**entry)
+    model = replace(card(SizeClass.BASE), units_at_once=asked.units_at_once(cores))
+    for express in (True, False):
+        assert model.at_once(express=express) + 1 > asked.target_units(cores)
+
+
 @pytest.mark.parametrize(
     ("text", "source"),
     [

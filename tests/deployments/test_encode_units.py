@@ -220,4 +220,7 @@ def test_each_lane_computes_as_many_units_at_once_as_its_model_says(monkeypatch:
     monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: SimpleNamespace(card=CARD))
     replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
     for lane in (True, False):
-        assert replica._threads[lane]._max_workers == len(replica._gates[lane]._free) == (2 if lane else 4)
+        free = replica._gates[lane]._free
+        assert replica._threads[lane]._max_workers == len(free) == (2 if lane else 4)
+        assert all(hasattr(run, "_is_batching_task_alive") for run in free)
+        assert {run.__name__ for run in free} == {"express_batch" if lane else "bulk_batch"}

@@ -58,11 +58,15 @@ def test_a_model_is_laid_out_in_place_and_keeps_no_other_weights(dtype: torch.dt
     rows = torch.randn(2, 5, 32).to(dtype)
     with torch.inference_mode():
         right = model(rows)
-        prepack(model)
+        undo = prepack(model)
         close(model(rows), right)
     assert [type(layer) for layer in model] == [PrepackedLinear, torch.nn.GELU, PrepackedLinear, Special]
     assert [layer.weight.numel() for layer in model if isinstance(layer, torch.nn.Linear)] == [0, 0, 64]
-    prepack(model)
+    prepack(model)  # there is nothing left to lay out
+    undo()
+    assert [type(layer) for layer in model] == [torch.nn.Linear, torch.nn.GELU, torch.nn.Linear, Special]
+    with torch.inference_mode():
+        assert torch.equal(model(rows), right)
 
 
 def test_other_dtypes_and_other_torches_lay_out_nothing(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -425,10 +424,11 @@ def test_the_number_of_threads_holds_in_whatever_thread_calls() -> None:
 def test_calls_at_once_share_the_threads() -> None:
     """A core for each is more throughput than all cores for one after the other."""
     seen: list[int] = []
-    may_go_on = threading.Event()
+    is_inside, may_go_on = threading.Event(), threading.Event()
 
     def forward(packed: Packed) -> Vectors:
         seen.append(torch.get_num_threads())
+        is_inside.set()
         if len(seen) == 1:
             assert may_go_on.wait(20)
         return four_numbers(packed)
@@ -436,8 +436,7 @@ def test_calls_at_once_share_the_threads() -> None:
     encoder = encoder_of(forward, threads=4)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(encoder.encode, MANY)
-        while not seen:
-            time.sleep(0.001)
+        assert is_inside.wait(20)
         encoder.encode(MANY)
         may_go_on.set()
         first.result()

@@ -2,26 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
-from pathlib import Path
-
 import httpx2 as httpx
 import pytest
 
-from serve_app.api import build_app
 from serve_app.core.ledger import shard_of
 from serve_app.recall import Answered
-from serve_app.stores import Store, open_store
+from serve_app.stores import Store
 from tests.service.fakes import (
-    AUTHORIZATION,
     CARD,
-    KEY,
     WORKSPACE,
     FakeModel,
-    FakeModels,
-    add_workspace,
     card,
-    service_over,
 )
 
 BODY = {"model": CARD.id, "input": ["the quick", "brown fox", "the quick"], "encoding_format": "base64"}
@@ -33,41 +24,30 @@ def model() -> FakeModel:
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite:{tmp_path}/test.db")
-    await add_workspace(store, WORKSPACE, KEY)
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-async def client(model: FakeModel, store: Store) -> AsyncIterator[httpx.AsyncClient]:
-    app = build_app(service_over(FakeModels(model), store=store), max_body_bytes=100_000)
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=AUTHORIZATION) as client:
-        yield client
+def own_models(model: FakeModel) -> list[FakeModel]:
+    return [model]
 
 
 async def test_what_is_found_is_answered_counted_and_billed_as_what_is_computed(
-    client: httpx.AsyncClient, model: FakeModel, store: Store
+    own_client: httpx.AsyncClient, model: FakeModel, own_store: Store
 ) -> None:
-    first, second = [await client.post("/v1/embeddings", json=BODY) for _ in range(2)]
+    first, second = [await own_client.post("/v1/embeddings", json=BODY) for _ in range(2)]
     assert first.status_code == second.status_code == 200
     assert first.content == second.content
     assert sum(len(unit.packed.lengths) for unit in model.units) == 2
     assert model.answered == {Answered.ENCODED: 2, Answered.DUPLICATE: 2, Answered.CACHED: 2}
-    recorded = await store.events(shard_of(WORKSPACE.id), 0, 10)
+    recorded = await own_store.events(shard_of(WORKSPACE.id), 0, 10)
     assert [it.event.quantity for it in recorded] == [first.json()["usage"]["total_tokens"]] * 2
 
 
 @pytest.mark.parametrize("directives", ["no-store", "No-Store", "max-age=0, no-store"])
-async def test_no_store_is_obeyed(client: httpx.AsyncClient, model: FakeModel, directives: str) -> None:
+async def test_no_store_is_obeyed(own_client: httpx.AsyncClient, model: FakeModel, directives: str) -> None:
     for headers in ({"Cache-Control": directives}, {}, {"Cache-Control": directives}):
-        assert (await client.post("/v1/embeddings", json=BODY, headers=headers)).status_code == 200
+        assert (await own_client.post("/v1/embeddings", json=BODY, headers=headers)).status_code == 200
     assert model.answered == {Answered.ENCODED: 6, Answered.DUPLICATE: 3}
 
 
-async def test_other_directives_change_nothing(client: httpx.AsyncClient, model: FakeModel) -> None:
+async def test_other_directives_change_nothing(own_client: httpx.AsyncClient, model: FakeModel) -> None:
     for _ in range(2):
-        await client.post("/v1/embeddings", json=BODY, headers={"Cache-Control": "no-cache, x-no-store-x"})
+        await own_client.post("/v1/embeddings", json=BODY, headers={"Cache-Control": "no-cache, x-no-store-x"})
     assert model.answered[Answered.CACHED] == 2

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import re
-from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +11,16 @@ import httpx2 as httpx
 import numpy as np
 import pytest
 
-from serve_app.api import build_app
 from serve_app.core.ledger import shard_of
 from serve_app.encoders.tokenizer import PairTokenizer
-from serve_app.stores import Store, open_store
+from serve_app.stores import Store
 from tests.service.fakes import (
-    AUTHORIZATION,
     CARD,
-    KEY,
     RERANKER,
     WORKSPACE,
     FakeModel,
-    FakeModels,
-    add_workspace,
     bundled_tokenizer_json,
     scored,
-    service_over,
 )
 
 QUERY = "which animal jumps"
@@ -41,19 +34,8 @@ def model() -> FakeModel:
 
 
 @pytest.fixture
-async def store(tmp_path: Path) -> AsyncIterator[Store]:
-    store = await open_store(f"sqlite:{tmp_path}/test.db")
-    await add_workspace(store, WORKSPACE, KEY)
-    yield store
-    await store.close()
-
-
-@pytest.fixture
-async def client(model: FakeModel, store: Store) -> AsyncIterator[httpx.AsyncClient]:
-    app = build_app(service_over(FakeModels(model, FakeModel()), store=store), max_body_bytes=2_000_000)
-    transport = httpx.ASGITransport(app)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=AUTHORIZATION) as client:
-        yield client
+def own_models(model: FakeModel) -> list[FakeModel]:
+    return [model, FakeModel()]
 
 
 def asking(**fields: Any) -> dict[str, Any]:
@@ -66,8 +48,8 @@ def right(texts: list[str] = TEXTS, query: str = QUERY, most: int | None = None)
     return [float(score) for score in scored(packed)[:, 0]], packed.lengths.tolist()
 
 
-async def test_every_document_has_a_score_and_the_best_stands_first(client: httpx.AsyncClient) -> None:
-    reply = await client.post(PATH, json=asking())
+async def test_every_document_has_a_score_and_the_best_stands_first(own_client: httpx.AsyncClient) -> None:
+    reply = await own_client.post(PATH, json=asking())
     assert reply.status_code == 200
     body, (scores, lengths) = reply.json(), right()
     assert [it["index"] for it in body["scores"]] == [0, 1, 2, 3]
@@ -82,10 +64,10 @@ async def test_every_document_has_a_score_and_the_best_stands_first(client: http
         assert f"{step};dur=" in reply.headers["server-timing"]
 
 
-async def test_documents_may_be_objects_and_their_ids_come_back(client: httpx.AsyncClient) -> None:
+async def test_documents_may_be_objects_and_their_ids_come_back(own_client: httpx.AsyncClient) -> None:
     documents = [{"id": "fox", "text": TEXTS[0]}, {"text": TEXTS[1]}, TEXTS[2], {"id": None, "text": TEXTS[3]}]
-    body = (await client.post(PATH, json=asking(documents=documents, return_documents=True))).json()
-    plain = (await client.post(PATH, json=asking())).json()
+    body = (await own_client.post(PATH, json=asking(documents=documents, return_documents=True))).json()
+    plain = (await own_client.post(PATH, json=asking())).json()
     assert body["scores"] == plain["scores"]
     by_index = {it["index"]: it for it in body["rankings"]}
     assert by_index[0]["id"] == "fox"
@@ -98,55 +80,57 @@ async def test_documents_may_be_objects_and_their_ids_come_back(client: httpx.As
 
 
 @pytest.mark.parametrize("path", ["/v2/rerank", PATH])
-async def test_coheres_path_is_the_same_route(client: httpx.AsyncClient, path: str, store: Store) -> None:
+async def test_coheres_path_is_the_same_route(own_client: httpx.AsyncClient, path: str, own_store: Store) -> None:
     headers = {"Idempotency-Key": "one"}
-    reply = await client.post(path, json=asking(documents=TEXTS, top_n=2), headers=headers)
+    reply = await own_client.post(path, json=asking(documents=TEXTS, top_n=2), headers=headers)
     assert reply.status_code == 200
-    again = await client.post("/v1/rerank", json=asking(documents=TEXTS, top_n=2), headers=headers)
+    again = await own_client.post("/v1/rerank", json=asking(documents=TEXTS, top_n=2), headers=headers)
     assert again.headers["idempotent-replayed"] == "true"
     assert again.content == reply.content
-    (recorded,) = await store.events(shard_of(WORKSPACE.id), 0, 10)
+    (recorded,) = await own_store.events(shard_of(WORKSPACE.id), 0, 10)
     assert recorded.event.details["endpoint"] == "/v1/rerank"
 
 
-async def test_the_document_is_cut_never_the_query_and_the_answer_says_so(client: httpx.AsyncClient) -> None:
+async def test_the_document_is_cut_never_the_query_and_the_answer_says_so(own_client: httpx.AsyncClient) -> None:
     long = "dog " * 400
-    body = (await client.post(PATH, json=asking(texts=["fox", long]))).json()
+    body = (await own_client.post(PATH, json=asking(texts=["fox", long]))).json()
     (warning,) = body["usage"]["warnings"]
     own = right(["dog"])[1][0] - 1  # what a pair has beside the document
     assert warning == {"code": "input_truncated", "index": 1, "tokens": own + 400, "kept": RERANKER.max_tokens}
     assert body["usage"]["total_tokens"] == sum(right(["fox", long])[1])
 
 
-async def test_documents_may_be_cut_shorter(client: httpx.AsyncClient) -> None:
+async def test_documents_may_be_cut_shorter(own_client: httpx.AsyncClient) -> None:
     texts = ["fox", "dog dog dog dog"]
-    body = (await client.post(PATH, json=asking(texts=texts, max_tokens_per_doc=2))).json()
+    body = (await own_client.post(PATH, json=asking(texts=texts, max_tokens_per_doc=2))).json()
     assert [it["score"] for it in body["scores"]] == pytest.approx(right(["fox", "dog dog"])[0], abs=1e-7)
     assert [(it["index"], it["tokens"] - it["kept"]) for it in body["usage"]["warnings"]] == [(1, 2)]
 
 
-async def test_a_success_is_billed_once_by_the_tokens_of_all_pairs(client: httpx.AsyncClient, store: Store) -> None:
+async def test_a_success_is_billed_once_by_the_tokens_of_all_pairs(
+    own_client: httpx.AsyncClient, own_store: Store
+) -> None:
     headers = {"Idempotency-Key": "one"}
-    first = await client.post(PATH, json=asking(user="u1"), headers=headers)
-    second = await client.post(PATH, json=asking(user="u1", top_n=None), headers=headers)
+    first = await own_client.post(PATH, json=asking(user="u1"), headers=headers)
+    second = await own_client.post(PATH, json=asking(user="u1", top_n=None), headers=headers)
     assert second.content == first.content
     assert second.headers["idempotent-replayed"] == "true"
-    await client.post(PATH, json=asking())
-    events = [it.event for it in await store.events(shard_of(WORKSPACE.id), 0, 10)]
+    await own_client.post(PATH, json=asking())
+    events = [it.event for it in await own_store.events(shard_of(WORKSPACE.id), 0, 10)]
     assert [event.quantity for event in events] == [sum(right()[1])] * 2
     assert [event.model for event in events] == [RERANKER.name] * 2
     assert events[0].details["inputs"] == 4
     assert events[0].details["user"] == "u1"
 
 
-async def test_a_key_belongs_to_one_request(client: httpx.AsyncClient) -> None:
+async def test_a_key_belongs_to_one_request(own_client: httpx.AsyncClient) -> None:
     headers = {"Idempotency-Key": "one"}
-    assert (await client.post(PATH, json=asking(), headers=headers)).status_code == 200
-    assert (await client.post(PATH, json=asking(top_n=None), headers=headers)).status_code == 200
+    assert (await own_client.post(PATH, json=asking(), headers=headers)).status_code == 200
+    assert (await own_client.post(PATH, json=asking(top_n=None), headers=headers)).status_code == 200
     for other in ({"query": "another"}, {"top_n": 1}, {"documents": TEXTS, "texts": None}, {"return_documents": True}):
-        reply = await client.post(PATH, json=asking() | other, headers=headers)
+        reply = await own_client.post(PATH, json=asking() | other, headers=headers)
         assert (reply.status_code, reply.json()["error"]["code"]) == (409, "idempotency_conflict"), other
-    reply = await client.post("/v1/embeddings", json={"model": CARD.id, "input": "a"}, headers=headers)
+    reply = await own_client.post("/v1/embeddings", json={"model": CARD.id, "input": "a"}, headers=headers)
     assert reply.status_code == 200  # another route
 
 
@@ -155,25 +139,25 @@ def kept_in(folder: Path) -> bytes:
 
 
 async def test_a_replay_repeats_texts_and_ids_that_the_store_does_not_have(
-    client: httpx.AsyncClient, model: FakeModel, tmp_path: Path
+    own_client: httpx.AsyncClient, model: FakeModel, tmp_path: Path
 ) -> None:
     documents = [{"id": "id-swordfish", "text": "text-swordfish"}, "a dog"]
     asked = asking(documents=documents, return_documents=True)
-    first, second = [await client.post(PATH, json=asked, headers={"Idempotency-Key": "k"}) for _ in range(2)]
+    first, second = [await own_client.post(PATH, json=asked, headers={"Idempotency-Key": "k"}) for _ in range(2)]
     assert second.content == first.content
     assert b"text-swordfish" in second.content
     assert len(model.units) == 1
     assert b"swordfish" not in kept_in(tmp_path)
 
 
-async def test_a_whole_number_may_be_written_as_any(client: httpx.AsyncClient) -> None:
-    replies = [await client.post(PATH, json=asking(top_n=top_n)) for top_n in (2, 2.0)]
+async def test_a_whole_number_may_be_written_as_any(own_client: httpx.AsyncClient) -> None:
+    replies = [await own_client.post(PATH, json=asking(top_n=top_n)) for top_n in (2, 2.0)]
     assert [reply.status_code for reply in replies] == [200, 200]
     assert replies[0].content == replies[1].content
 
 
-async def test_a_query_may_leave_room_for_one_token(client: httpx.AsyncClient) -> None:
-    assert (await client.post(PATH, json=asking(query="dog " * 252))).status_code == 200
+async def test_a_query_may_leave_room_for_one_token(own_client: httpx.AsyncClient) -> None:
+    assert (await own_client.post(PATH, json=asking(query="dog " * 252))).status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -184,15 +168,15 @@ async def test_a_query_may_leave_room_for_one_token(client: httpx.AsyncClient) -
         b'[{"text": "a", "t\\u0065xt": "b"}]',
     ],
 )
-async def test_a_document_that_says_two_things_is_refused(client: httpx.AsyncClient, documents: bytes) -> None:
+async def test_a_document_that_says_two_things_is_refused(own_client: httpx.AsyncClient, documents: bytes) -> None:
     body = b'{"model": "reranker", "query": "a", "documents": %b}' % documents
-    reply = await client.post(PATH, content=body, headers={"Content-Type": "application/json"})
+    reply = await own_client.post(PATH, content=body, headers={"Content-Type": "application/json"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "invalid_json")
 
 
-async def test_texts_that_look_like_names_are_texts(client: httpx.AsyncClient) -> None:
+async def test_texts_that_look_like_names_are_texts(own_client: httpx.AsyncClient) -> None:
     documents = [{"text": 'a "text" with "id"', "id": "text"}, "text", {"text": "id", "id": "id"}]
-    assert (await client.post(PATH, json=asking(documents=documents, query="text"))).status_code == 200
+    assert (await own_client.post(PATH, json=asking(documents=documents, query="text"))).status_code == 200
 
 
 MANY = ["a"] * 501
@@ -235,62 +219,62 @@ MANY = ["a"] * 501
     ],
 )
 async def test_what_cannot_be_ranked_is_refused(
-    client: httpx.AsyncClient, store: Store, body: dict[str, Any], code: str, param: str | None, says: str
+    own_client: httpx.AsyncClient, own_store: Store, body: dict[str, Any], code: str, param: str | None, says: str
 ) -> None:
-    reply = await client.post(PATH, json=asking(texts=["a"]) | body)
+    reply = await own_client.post(PATH, json=asking(texts=["a"]) | body)
     assert reply.status_code == (404 if code == "model_not_found" else 400)
     error = reply.json()["error"]
     assert (error["code"], error["param"]) == (code, param)
     assert re.search(says, error["message"])
-    assert not await store.events(shard_of(WORKSPACE.id), 0, 10)
+    assert not await own_store.events(shard_of(WORKSPACE.id), 0, 10)
 
 
-async def test_the_tokens_of_all_pairs_are_within_the_class(client: httpx.AsyncClient, model: FakeModel) -> None:
+async def test_the_tokens_of_all_pairs_are_within_the_class(own_client: httpx.AsyncClient, model: FakeModel) -> None:
     limit = RERANKER.size_class.limits.tokens
     model.card = dataclasses.replace(RERANKER, max_tokens=1024)
     body = asking(texts=["dog " * 450] * 500, query="dog " * 100)
-    reply = await client.post(PATH, json=body)
+    reply = await own_client.post(PATH, json=body)
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "too_many_tokens")
     assert f"{limit:,}" in reply.json()["error"]["message"]
     assert reply.json()["error"]["param"] == "texts"
 
 
-async def test_tokenize_counts_what_will_be_billed(client: httpx.AsyncClient) -> None:
+async def test_tokenize_counts_what_will_be_billed(own_client: httpx.AsyncClient) -> None:
     asked: dict[str, Any]
     for asked in ({"texts": TEXTS}, {"documents": [{"text": "dog " * 400}, "fox"], "max_tokens_per_doc": 300}):
-        counted = await client.post("/v1/tokenize", json={"model": "reranker", "query": QUERY, **asked})
+        counted = await own_client.post("/v1/tokenize", json={"model": "reranker", "query": QUERY, **asked})
         assert counted.status_code == 200, counted.text
-        ranked = (await client.post(PATH, json={"model": "reranker", "query": QUERY, **asked})).json()
+        ranked = (await own_client.post(PATH, json={"model": "reranker", "query": QUERY, **asked})).json()
         assert counted.json()["usage"] == ranked["usage"]
         cut = [it["index"] for it in counted.json()["data"] if it["truncated"]]
         assert cut == [it["index"] for it in ranked["usage"].get("warnings", [])]
     for wrong, param in (({"texts": ["a"], "top_n": 1}, "top_n"), ({"input": "a", "texts": ["a"]}, "input")):
-        refused = await client.post("/v1/tokenize", json={"model": "reranker", "query": "a", **wrong})
+        refused = await own_client.post("/v1/tokenize", json={"model": "reranker", "query": "a", **wrong})
         assert (refused.status_code, refused.json()["error"]["param"]) == (400, param)
-    refused = await client.post("/v1/tokenize", json={"model": CARD.id, "query": "a", "texts": ["a"]})
+    refused = await own_client.post("/v1/tokenize", json={"model": CARD.id, "query": "a", "texts": ["a"]})
     assert (refused.status_code, refused.json()["error"]["param"]) == (400, "model")
 
 
 @pytest.mark.parametrize("path", ["/v1/embeddings", "/v1/tokenize"])
-async def test_a_reranker_embeds_nothing(client: httpx.AsyncClient, path: str) -> None:
-    reply = await client.post(path, json={"model": "reranker", "input": "a"})
+async def test_a_reranker_embeds_nothing(own_client: httpx.AsyncClient, path: str) -> None:
+    reply = await own_client.post(path, json={"model": "reranker", "input": "a"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (400, "unsupported_parameter")
     assert reply.json()["error"]["param"] == "model"
     assert "POST /v1/rerank" in reply.json()["error"]["message"]
 
 
-async def test_a_lone_surrogate_is_named_where_it_stands(client: httpx.AsyncClient) -> None:
+async def test_a_lone_surrogate_is_named_where_it_stands(own_client: httpx.AsyncClient) -> None:
     for field, param in (
         (b'"query": "\\ud800", "texts": ["a"]', "query"),
         (b'"query": "a", "texts": ["a", "\\ud800"]', "texts[1]"),
         (b'"query": "a", "documents": ["a", {"text": "\\ud800"}]', "documents[1].text"),
     ):
         body = b'{"model": "reranker", %b}' % field
-        reply = await client.post(PATH, content=body, headers={"Content-Type": "application/json"})
+        reply = await own_client.post(PATH, content=body, headers={"Content-Type": "application/json"})
         assert (reply.json()["error"]["code"], reply.json()["error"]["param"]) == ("invalid_input", param)
 
 
-async def test_the_list_tells_what_a_model_is_for(client: httpx.AsyncClient) -> None:
-    listed = {model["id"]: model for model in (await client.get("/v1/models")).json()["data"]}
+async def test_the_list_tells_what_a_model_is_for(own_client: httpx.AsyncClient) -> None:
+    listed = {model["id"]: model for model in (await own_client.get("/v1/models")).json()["data"]}
     assert (listed["reranker"]["task"], listed["reranker"]["dimensions"]) == ("rerank", None)
     assert (listed[CARD.id]["task"], listed[CARD.id]["dimensions"]) == ("embed", 384)

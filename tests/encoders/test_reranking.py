@@ -6,7 +6,7 @@ import base64
 import json
 import random
 import shutil
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -244,17 +244,25 @@ def started(folder: Path, **settings: Any) -> None:
     self_test.hold(spec, open_encoder(spec))
 
 
+def rewrite(folder: Path, change: Callable[[list[str]], list[str]]) -> None:
+    """The scores that are recorded of the model there."""
+    record = folder.parent / "kept" / "under-test.json"
+    kept = json.loads(record.read_text())
+    assert kept["entry"]["task"] == "rerank"
+    record.write_text(json.dumps({**kept, "vectors": change(kept["vectors"])}))
+
+
 def test_the_self_test_tells_models_apart_whose_scores_are_near_nothing(
     subjects: dict[str, Subject], tmp_path: Path
 ) -> None:
+    def quartered(rows: list[str]) -> list[str]:
+        scores = [np.frombuffer(base64.b64decode(row), "<f4") for row in rows]
+        assert max(float(score[0]) for score in scores) < 0.02
+        return [base64.b64encode((score / 4).astype("<f4").tobytes()).decode() for score in scores]
+
     folder = biased(copy_of(subjects["bert"], tmp_path), -10)
     started(folder)
-    record = tmp_path / "kept" / "under-test.json"
-    kept = json.loads(record.read_text())
-    rows = [np.frombuffer(base64.b64decode(row), "<f4") for row in kept["vectors"]]
-    assert max(float(row[0]) for row in rows) < 0.02
-    kept["vectors"] = [base64.b64encode((row / 4).astype("<f4").tobytes()).decode() for row in rows]
-    record.write_text(json.dumps(kept))
+    rewrite(folder, quartered)
     with pytest.raises(ValueError, match=r"logits are 1\.3\d+ from those recorded"):
         started(folder)
 
@@ -263,11 +271,7 @@ def test_the_self_test_holds_a_reranker_to_its_scores(subjects: dict[str, Subjec
     folder = copy_of(subjects["bert"], tmp_path)
     started(folder)
     started(folder)
-    record = tmp_path / "kept" / "under-test.json"
-    kept = json.loads(record.read_text())
-    assert kept["entry"]["task"] == "rerank"
-    kept["vectors"].reverse()
-    record.write_text(json.dumps(kept))
+    rewrite(folder, lambda rows: rows[::-1])
     with pytest.raises(ValueError, match=r"failed its self-test: it gives scores whose logits are \d\.\d+ from those"):
         started(folder)
 

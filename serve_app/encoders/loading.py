@@ -28,7 +28,7 @@ from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.encoders import SAME_LOGIT, bert, logits_apart, manifest
 from serve_app.encoders.linear import can_prepack, prepack
-from serve_app.encoders.packed import ATTENTION, ROW_STEP, SMALL_ROWS, PackedForward, first_position
+from serve_app.encoders.packed import ATTENTION, PackedForward, first_position, rows_for
 from serve_app.encoders.padded import PaddedForward
 from serve_app.encoders.reranking import open_reranker
 from serve_app.encoders.sources import fetch
@@ -324,10 +324,10 @@ _PROBE_IDS = np.arange(sum(PROBE_LENGTHS), dtype=np.int32) % 89 + 5  # small ids
 
 
 def _warm_up(encoder: LoadedEncoder, *, fixed_rows: bool) -> None:
-    """One forward of each row count that a unit can have, or of the largest and smallest where rows are not fixed."""
+    """A forward of each row count that a few short requests have, where rows are fixed; and of the largest unit."""
     most = encoder.card.unit_tokens
-    counts = (*SMALL_ROWS, *range(2 * ROW_STEP, most + 1, ROW_STEP)) if fixed_rows else (SMALL_ROWS[0], most)
-    for tokens in counts:
+    short = sorted({rows_for(tokens) for tokens in range(1, min(most, ONE_THREAD_TOKENS) + 1)}) if fixed_rows else [16]
+    for tokens in (most, *short):
         length = min(tokens, encoder.card.max_tokens, 128)
         whole, rest = divmod(tokens, length)
         lengths = np.array([length] * whole + [rest] * bool(rest), np.int32)

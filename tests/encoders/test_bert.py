@@ -51,6 +51,42 @@ def test_it_serves_its_kinds_and_holds_their_weights_once(folders: dict[str, Pat
     assert lowest_cosine(encoder, folders[kind]) >= 0.999999
 
 
+def test_attention_with_its_scores_whole_says_the_same(
+    folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    calls, whole = list[int](), bert.attended_whole
+    monkeypatch.setattr(bert, "WHOLE_FROM", 8)
+    monkeypatch.setattr(bert, "attended_whole", lambda *three: calls.append(three[0].shape[1]) or whole(*three))
+    encoder = opened(folders["bert"])
+    assert not calls, "in float32 torch's own is as fast"
+    forward_of(encoder)._whole = True
+    assert lowest_cosine(encoder, folders["bert"]) >= 0.999999
+    assert min(calls) == 8
+    assert max(calls) > 16
+
+
+def test_memory_bounds_what_is_attended_whole(folders: dict[str, Path], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bert, "WHOLE_FROM", 8)
+    monkeypatch.setattr(bert, "WHOLE_TO", 16)
+    monkeypatch.setattr(bert, "attended_whole", lambda query, *_: query.fill_(query.shape[1]))
+    forward = forward_of(opened(folders["bert"]))
+    forward._whole = True
+    rows = torch.zeros(7 + 8 + 16 + 17, 3 * forward._heads * forward._width)
+    attended = forward._attend(rows, [(0, 1, 7), (7, 1, 8), (15, 1, 16), (31, 1, 17)])
+    assert attended[:, 0].tolist() == [0] * 7 + [8] * 8 + [16] * 16 + [0] * 17
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("tokens", [1, 2, 47, 48, 170, 512])
+def test_a_sequence_attended_whole(tokens: int, dtype: torch.dtype) -> None:
+    query, key, value = 2 * torch.randn(3, 12, tokens, 32, generator=torch.Generator().manual_seed(tokens))
+    expected = functional.scaled_dot_product_attention(query, key, value)
+    attended = bert.attended_whole(query.to(dtype), key.to(dtype), value.to(dtype))
+    assert attended.dtype == dtype
+    agreement = functional.cosine_similarity(attended.float(), expected, dim=-1).min()
+    assert agreement >= (0.999999 if dtype == torch.float32 else 0.99)
+
+
 @pytest.mark.parametrize("kind", ["nomic_bert", "distilbert"])
 def test_others_are_packed_with_weights_laid_out(folders: dict[str, Path], kind: str) -> None:
     encoder = opened(folders[kind])

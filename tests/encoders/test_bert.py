@@ -56,7 +56,12 @@ def test_attention_with_its_scores_whole_says_the_same(
 ) -> None:
     calls, whole = list[int](), bert.attended_whole
     monkeypatch.setattr(bert, "WHOLE_FROM", 8)
-    monkeypatch.setattr(bert, "attended_whole", lambda *three: calls.append(three[0].shape[1]) or whole(*three))
+
+    def counted(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        calls.append(query.shape[1])
+        return whole(query, key, value)
+
+    monkeypatch.setattr(bert, "attended_whole", counted)
     encoder = opened(folders["bert"])
     assert not calls, "in float32 torch's own is as fast"
     forward_of(encoder)._whole = True

@@ -24,6 +24,9 @@ from serve_app.core.vectors import Vectors
 
 AT_THE_DOOR = 1  # units that wait at a replica for those that it computes
 EXPRESS_TOKENS = 256  # a request this short travels in the express lane: beside bulk work, not behind it
+DOOR_TOKENS = (
+    256  # of short requests that wait, before some leave for a replica that still computes others: see _may_leave
+)
 CROWD = 4  # an express unit is so much smaller while several workspaces send short requests,
 CROWD_TOKENS = 2_048  # and no larger than this
 CROWD_S = 1.0  # for how long after the last of them
@@ -82,10 +85,10 @@ class _Flight:
 
 @dataclass(slots=True, kw_only=True)
 class _Lane:
-    """One of a model's two queues, and its units under way. units: most of them for each replica."""
+    """One of a model's two queues, and its units under way. at_once: units that a replica computes."""
 
     express: bool
-    units: int
+    at_once: int
     queue: PackingQueue = field(default_factory=PackingQueue)
     under_way: dict[asyncio.Task[None], list[Span]] = field(default_factory=dict)
 
@@ -112,9 +115,7 @@ class Dispatcher:
         self._unit_tokens = unit_tokens
         self._unit_sequences = unit_sequences
         self._max_pending_tokens = max_pending_tokens
-        self._lanes = {
-            express: _Lane(express=express, units=at_once(express) + AT_THE_DOOR) for express in (True, False)
-        }
+        self._lanes = {express: _Lane(express=express, at_once=at_once(express)) for express in (True, False)}
         self._flights: dict[int, _Flight] = {}
         self._numbers = itertools.count()
         self._rate = _Rate()
@@ -185,7 +186,7 @@ class Dispatcher:
                 task.cancel()
 
     def _pump(self, lane: _Lane) -> None:
-        while len(lane.under_way) < lane.units * max(1, self.replicas):
+        while self._may_leave(lane):
             spans = lane.queue.next_unit(self._size(lane), self._unit_sequences)
             if not spans:
                 return
@@ -195,6 +196,18 @@ class Dispatcher:
             lane.under_way[task] = spans
             task.add_done_callback(lambda done: self._next(lane, done))
             self._rate.departed(time.perf_counter())
+
+    def _may_leave(self, lane: _Lane) -> bool:
+        """Whether a unit may: for a replica that is free, or to wait at the door of one that is not.
+
+        What waits at a door cannot grow any more. Of short requests the first would go alone, and cost a call and a
+        forward of its own: while all replicas compute, they wait here until they are many.
+        """
+        replicas, under_way = max(1, self.replicas), len(lane.under_way)
+        if under_way < lane.at_once * replicas:
+            return True
+        many = not lane.express or lane.queue.tokens >= DOOR_TOKENS
+        return many and under_way < (lane.at_once + AT_THE_DOOR) * replicas
 
     def _size(self, lane: _Lane) -> int:
         """Tokens of the next unit: what is being computed, nobody of its lane can overtake."""

@@ -14,7 +14,17 @@ from hypothesis import strategies as st
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading
 from serve_app.core.packing import Packed, Share
 from serve_app.core.vectors import Vectors
-from serve_app.dispatch import AT_THE_DOOR, CROWD, CROWD_S, EXPRESS_TOKENS, Dispatcher, Encoded, Unit, UnitReply
+from serve_app.dispatch import (
+    AT_THE_DOOR,
+    CROWD,
+    CROWD_S,
+    DOOR_TOKENS,
+    EXPRESS_TOKENS,
+    Dispatcher,
+    Encoded,
+    Unit,
+    UnitReply,
+)
 
 UNITS_PER_REPLICA = 1 + AT_THE_DOOR  # of one that computes one at a time
 LONG = EXPRESS_TOKENS + 44  # one sequence that makes its request travel in the bulk lane
@@ -106,7 +116,7 @@ async def outcome(task: asyncio.Task[Encoded]) -> Encoded | BaseException:
 
 async def filled_up(dispatch: Dispatcher, *, express: bool = False) -> list[asyncio.Task[Encoded]]:
     """As many units under way in a lane as may be: what comes next has to wait."""
-    length = 1 if express else LONG
+    length = DOOR_TOKENS if express else LONG
     blockers = [
         start(dispatch.encode(request(9000 + number, length)))
         for number in range(UNITS_PER_REPLICA * dispatch.replicas)
@@ -146,6 +156,36 @@ async def test_requests_that_wait_travel_together_and_part_again() -> None:
         assert encoded.vectors.tolist() == [[10 * number, 3], [10 * number + 1, 5]]
     assert replica.sent()[len(blockers) :] == [[10, 11, 20, 21, 30, 31, 40, 41]]
     await asyncio.gather(*blockers)
+
+
+async def test_short_requests_wait_for_company_while_others_are_computed() -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica)
+    replica.hold(express=True)
+    tasks = [start(dispatch.encode(request(10, 20)))]
+    await settle()
+    tasks += [start(dispatch.encode(request(20 + number, 20))) for number in range(DOOR_TOKENS // 20)]
+    await settle()
+    assert replica.sent() == [[10]], "an idle replica gets the first at once; what is too little waits here"
+    tasks.append(start(dispatch.encode(request(99, 20))))
+    await settle()
+    assert [len(unit.packed.lengths) for unit in replica.units] == [1, DOOR_TOKENS // 20 + 1]
+    tasks.append(start(dispatch.encode(request(100, 20))))
+    await settle()
+    replica.release(express=True)
+    await asyncio.gather(*tasks)
+    assert replica.sent()[2:] == [[100]], "and goes as soon as a place is free, however little it is"
+
+
+async def test_bulk_work_waits_at_the_door_however_little_it_is() -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica)
+    replica.hold()
+    tasks = [start(dispatch.encode(request(10 + number, LONG))) for number in range(3)]
+    await settle()
+    assert replica.sent() == [[10], [11]]
+    replica.release()
+    await asyncio.gather(*tasks)
 
 
 @settings(max_examples=40, deadline=None)
@@ -555,7 +595,9 @@ async def test_express_units_are_full_while_a_workspace_is_alone_and_small_while
     clock_s += CROWD_S + 0.01
     replica.release(express=True)
     await asyncio.gather(*tasks)
-    assert max(len(unit.packed.lengths) for unit in replica.units) == 2, "they wait, however long ago they came"
+    *many, last = [len(unit.packed.lengths) for unit in replica.units]
+    assert max(many) == 2, "they wait, however long ago they came"
+    assert last <= CROWD * 2, "of one workspace alone"
 
 
 async def test_bulk_units_are_full_whoever_sends_short_requests() -> None:

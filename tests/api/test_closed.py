@@ -8,8 +8,10 @@ from typing import Any, cast
 from urllib.parse import unquote_to_bytes
 
 import pytest
-from fastapi import APIRouter, FastAPI, Response
-from starlette.routing import Mount
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import Response
+from starlette.routing import Mount, Route
 from starlette.types import Message
 
 from serve_app.api import ALIASES, OPEN, Edge, build_app
@@ -48,8 +50,8 @@ def app_over(store: Store | None = None) -> Edge:
     return cast(Edge, app)
 
 
-def inner(edge: Edge) -> FastAPI:
-    return cast(FastAPI, edge.app)
+def inner(edge: Edge) -> Starlette:
+    return cast(Starlette, edge.app)
 
 
 async def ask(
@@ -86,9 +88,6 @@ async def ask(
 def paths_of(routes: Sequence[Any], prefix: str = "") -> Iterator[str]:
     """Of a route table, what a mount holds included, with something in each parameter's place."""
     for route in routes:
-        if hasattr(route, "original_router"):  # FastAPI's, for a router that was included
-            yield from paths_of(route.original_router.routes, prefix + route.include_context.prefix)
-            continue
         path = prefix + getattr(route, "path", "")
         yield path.replace("{id:path}", "x").replace("{path:path}", "x")
         if isinstance(route, Mount):
@@ -172,18 +171,13 @@ async def test_a_path_that_looks_like_an_open_one_is_closed(target: str) -> None
 async def test_what_is_added_later_without_a_decision_is_closed() -> None:
     app = app_over()
 
-    async def later() -> Response:
+    async def later(_: Request) -> Response:
         return Response("inside")
 
-    router, mounted = APIRouter(prefix="/v2"), FastAPI()
-    router.get("/later")(later)
-    mounted.get("/deep")(later)
-    inner(app).get("/later")(later)
-    inner(app).get("/health/details")(later)
-    inner(app).include_router(router)
-    inner(app).mount("/mounted", mounted)
     added = ["/later", "/health/details", "/v2/later", "/mounted/deep"]
-    assert {"/later", "/mounted/deep", "/v2/later"} <= set(paths_of(inner(app).routes))
+    inner(app).routes.extend(Route(path, later) for path in added[:3])
+    inner(app).routes.append(Mount("/mounted", routes=[Route("/deep", later)]))
+    assert set(added) <= set(paths_of(inner(app).routes))
     for path in added:
         await check_closed(app, path)
         assert await ask(app, "GET", path, [*AUTHORIZATION.items()]) == (200, b"inside")
@@ -207,7 +201,6 @@ def test_the_api_is_these_routes_and_no_other() -> None:
         (method, getattr(route, "path", None))
         for route in inner(app_over()).routes
         for method in getattr(route, "methods", None) or {"ANY"}
-        if method != "HEAD"  # of /openapi.json
     }
     assert table == API
 

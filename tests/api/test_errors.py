@@ -698,7 +698,7 @@ async def test_an_unhandled_exception_is_logged_under_the_request_id(caplog: pyt
 
 
 async def test_telemetry_that_an_operator_turns_on_does_not_carry_the_text(monkeypatch: pytest.MonkeyPatch) -> None:
-    """FastAPI hands unhandled exceptions to OpenTelemetry's logs, in the exception's own words, unless told not to."""
+    """FastAPI, for one, hands unhandled exceptions to OpenTelemetry's logs, in the exception's own words."""
     records = InMemoryLogRecordExporter()  # type: ignore[no-untyped-call]
     provider = LoggerProvider()
     provider.add_log_record_processor(SimpleLogRecordProcessor(records))

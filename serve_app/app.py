@@ -11,8 +11,9 @@ from typing import Any, TypeVar
 
 from ray import serve
 from ray.serve import Application
-from ray.serve.config import AutoscalingConfig
+from ray.serve.config import AutoscalingConfig, AutoscalingPolicy
 
+from serve_app.core import scaling
 from serve_app.core.catalog import ModelSpec, deployment_name
 from serve_app.core.settings import IdempotencySettings, IngressSettings, StoreSettings
 from serve_app.deployments.encoder import MAX_UNITS_AT_A_REPLICA, EncoderReplica
@@ -35,6 +36,7 @@ _MALLOC = {"MALLOC_ARENA_MAX": "1", "MALLOC_MMAP_THRESHOLD_": "268435456", "MALL
 # CPU seconds for a text, and nothing was faster on a quiet machine.
 _OPENMP = {"GOMP_SPINCOUNT": "1000"}
 ENCODER_ENV = {**_MALLOC, **_OPENMP, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
+LOOK_BACK_S = 15.0  # of what replicas measured, the mean: a burst of a second starts nothing
 INGRESS_ENV = {"TOKENIZERS_PARALLELISM": "false"}  # the ingress has its own threads, and turns
 
 
@@ -97,17 +99,21 @@ def model(spec: ModelSpec) -> Application:
     """One model's replica group. Its application has `route_prefix: null`: requests reach it through the ingress."""
     if spec.self_tests is not None:
         spec = spec.model_copy(update={"self_tests": str(Path(spec.self_tests).expanduser().absolute())})
-    scaling = AutoscalingConfig(
+    autoscaling = AutoscalingConfig(
         min_replicas=spec.replicas.min,
         initial_replicas=None if spec.replicas.min else 1,  # one loads even of a model that may sleep, to be checked
         max_replicas=spec.replicas.max,
-        target_ongoing_requests=spec.target_units(len(os.sched_getaffinity(0))),
+        look_back_period_s=LOOK_BACK_S,
+        policy=AutoscalingPolicy(
+            policy_function=f"{scaling.__name__}.{scaling.ByTokens.__name__}",
+            policy_kwargs={"target_busy": spec.replicas.target_busy, "target_queue_s": spec.replicas.target_queue_s},
+        ),
         upscale_delay_s=spec.replicas.upscale_delay_s,
         downscale_delay_s=spec.replicas.downscale_delay_s,
     )
     application: Application = _encoder.options(
         name=deployment_name(spec),
-        autoscaling_config=scaling,
+        autoscaling_config=autoscaling,
         max_ongoing_requests=MAX_UNITS_AT_A_REPLICA,
         ray_actor_options={
             "num_cpus": spec.num_cpus,

@@ -13,6 +13,7 @@ import itertools
 import logging
 import time
 import traceback
+import uuid
 from collections.abc import Awaitable, Callable, Collection
 from dataclasses import dataclass, field
 
@@ -37,11 +38,16 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Unit:
-    """One call to a replica. `fingerprint` is of the model whose tokenizer made the ids."""
+    """One call to a replica. `fingerprint` is of the model whose tokenizer made the ids.
+
+    ingress: whose call; queued_tokens: what waits there, in both lanes, when it left. The autoscaler goes by them.
+    """
 
     packed: Packed
     express: bool
     fingerprint: str
+    ingress: str = ""
+    queued_tokens: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,6 +116,7 @@ class Dispatcher:
         """at_once: units that a replica computes in a lane, express or not."""
         self.replicas = 1  # kept up to date by whoever knows
         self._send = send
+        self._ingress = uuid.uuid4().hex
         self._fingerprint = fingerprint
         self._dimensions = dimensions
         self._unit_tokens = unit_tokens
@@ -120,6 +127,10 @@ class Dispatcher:
         self._numbers = itertools.count()
         self._rate = _Rate()
         self._crowd = _Crowd()
+
+    @property
+    def _queued_tokens(self) -> int:
+        return sum(lane.queue.tokens for lane in self._lanes.values())
 
     @property
     def pending_sequences(self) -> int:
@@ -160,7 +171,7 @@ class Dispatcher:
 
         A full one, too, takes what keeps a workspace within its part of it: so at worst twice as much waits.
         """
-        waiting = sum(lane.queue.tokens for lane in self._lanes.values())
+        waiting = self._queued_tokens
         if waiting and waiting + packed.tokens > self._max_pending_tokens and not self._has_room(packed, share):
             raise AtCapacity(
                 f"{waiting:,} tokens wait for this model; with yours they were more than {self._max_pending_tokens:,}.",
@@ -246,7 +257,14 @@ class Dispatcher:
         if not wanted:
             return
         packed = Packed.join([self._flights[span.request].packed.slice(span.first, span.count) for span in wanted])
-        reply = await self._send(Unit(packed=packed, express=lane.express, fingerprint=self._fingerprint))
+        unit = Unit(
+            packed=packed,
+            express=lane.express,
+            fingerprint=self._fingerprint,
+            ingress=self._ingress,
+            queued_tokens=self._queued_tokens,
+        )
+        reply = await self._send(unit)
         if reply.vectors.shape != (len(packed.lengths), self._dimensions):
             raise RuntimeError(f"a reply of shape {reply.vectors.shape}. This is a bug")
         self._rate.carried(packed.tokens, time.perf_counter())

@@ -230,6 +230,22 @@ async def test_so_many_units_of_a_lane_are_under_way_for_each_replica_and_no_mor
     assert replica.most_under_way == Counter({express: most})
 
 
+async def test_each_unit_tells_what_its_ingress_holds_back_in_both_lanes() -> None:
+    replica = Replica()
+    replica.hold()
+    dispatch, other = dispatcher(replica, unit_tokens=LONG), dispatcher(replica)
+    waiting = [start(dispatch.encode(request(at, LONG))) for at in range(4)]
+    await settle()
+    assert [unit.queued_tokens for unit in replica.units] == [2 * LONG, 2 * LONG]
+    waiting.append(start(dispatch.encode(request(9, 5))))
+    await settle()
+    assert replica.units[-1].queued_tokens == 2 * LONG
+    replica.release()
+    await asyncio.gather(*waiting, other.encode(request(1, 1)))
+    told = {unit.ingress: unit.queued_tokens for unit in replica.units}
+    assert sorted(told.values()) == [0, 0]  # two ingresses
+
+
 async def test_a_model_that_lost_its_replicas_still_has_a_place_for_one() -> None:
     replica = Replica()
     dispatch = dispatcher(replica)

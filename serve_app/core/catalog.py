@@ -84,13 +84,14 @@ class Source:
 
 
 class Scaling(StrictModel):
-    """How many replicas a group may have. Serve adds one when they have more units than `target_units` says."""
+    """How many replicas a group may have. Which of them are wanted, `core/scaling.py` says."""
 
     min: Annotated[int, Field(ge=0)] = 1
     max: Annotated[int, Field(ge=1)] = 1
-    target_units: Annotated[float, Field(gt=0)] = 1.5
-    """Mean per replica, of one that computes one short unit at a time; of one that computes more, as many more. An
-    ingress with work to do keeps one more in a lane of each replica than it computes there."""
+    target_busy: Annotated[float, Field(gt=0, le=1)] = 0.8
+    """Of its time, what a replica computes: above it there are more, below it fewer."""
+    target_queue_s: Annotated[float, Field(gt=0)] = 2.0
+    """Replicas are added to empty in this time what waits now, at the measured tokens per second."""
     upscale_delay_s: Annotated[float, Field(ge=0)] = 10.0
     downscale_delay_s: Annotated[float, Field(ge=0)] = 300.0
 
@@ -205,13 +206,6 @@ class ModelSpec(StrictModel):
     def units_at_once(self, cores: int) -> int:
         """That a replica computes of bulk work. cores: of its node."""
         return 1 if self.resolved_device == "cuda" else min(MOST_AT_ONCE, self.threads or cores)
-
-    def target_units(self, cores: int) -> float:
-        """What Serve may let a replica have before it adds one: less than either lane has while work waits.
-
-        cores: of a replica's node; if nodes differ, `threads` says what they have in common.
-        """
-        return self.replicas.target_units + express_units(self.units_at_once(cores)) - 1
 
     @property
     def resolved_device(self) -> Literal["cpu", "cuda"]:

@@ -25,6 +25,7 @@ from serve_app.core.catalog import ModelCard, ModelSpec
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.deployments.gate import Gate, Run
+from serve_app.deployments.load import Load
 from serve_app.dispatch import Unit, UnitReply
 from serve_app.encoders import Encoder, open_encoder, self_test
 
@@ -63,6 +64,7 @@ class EncoderReplica:
         # By lane, as in dispatch.py: express or not.
         card = self._encoder.card
         at_once = {express: card.at_once(express=express) for express in (True, False)}
+        self._load = Load(at_once)
         self._threads = {
             True: ThreadPoolExecutor(at_once[True], thread_name_prefix="express"),
             False: ThreadPoolExecutor(at_once[False], thread_name_prefix="bulk", initializer=_give_way),
@@ -82,7 +84,12 @@ class EncoderReplica:
         """One unit's rows. Raises OtherFingerprint, or whatever the unit does to the model even when alone."""
         if unit.fingerprint != self._encoder.card.fingerprint:
             raise OtherFingerprint(self._encoder.card.fingerprint)
+        self._load.heard(unit)
         return await self._gates[unit.express].submit(unit)
+
+    async def record_autoscaling_stats(self) -> dict[str, float]:
+        """Serve asks for it, and hands it to `core/scaling.py`."""
+        return self._load.report()
 
     async def check_health(self) -> None:
         for gate in self._gates.values():
@@ -96,7 +103,8 @@ class EncoderReplica:
         """`@serve.batch` keeps one queue a function: batches that run beside each other have functions of their own."""
 
         async def batch(units: list[Unit]) -> list[UnitReply | Exception]:
-            return await self._forward(self._threads[express], units)
+            with self._load.computing(express, sum(unit.packed.tokens for unit in units)):
+                return await self._forward(self._threads[express], units)
 
         batch.__name__ = "express_batch" if express else "bulk_batch"  # Serve's metrics go by it
         run: Run = serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)(batch)

@@ -108,16 +108,6 @@ def test_of_short_requests_fewer_units_are_computed_at_once(units: int, express:
     assert (model.at_once(express=False), model.at_once(express=True)) == (units, express)
 
 
-@pytest.mark.parametrize("entry", [{}, {"threads": 1}, {"threads": 3}, {"device": "cuda", "num_gpus": 1}])
-@pytest.mark.parametrize("cores", [1, 2, 3, 4, 8, 64])
-def test_either_lane_alone_has_more_units_than_serve_lets_a_replica_have(cores: int, entry: dict[str, Any]) -> None:
-    """Else a queue of short requests might grow for ever beside one replica."""
-    asked = spec(**entry)
-    model = replace(card(SizeClass.BASE), units_at_once=asked.units_at_once(cores))
-    for express in (True, False):
-        assert model.at_once(express=express) + 1 > asked.target_units(cores)
-
-
 @pytest.mark.parametrize(
     ("text", "source"),
     [
@@ -222,7 +212,7 @@ def test_the_device_follows_the_reserved_gpu() -> None:
         ({"Threads": 2}, "", "Threads", "threads"),
         ({"size_class": "base"}, "", "size_class", "class"),
         ({"replicas": {"mxa": 2}}, "replicas", "mxa", "max"),
-        ({"replicas": {"target_unit": 2}}, "replicas", "target_unit", "target_units"),
+        ({"replicas": {"target_bus": 1}}, "replicas", "target_bus", "target_busy"),
     ],
 )
 def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_known_one(
@@ -236,7 +226,7 @@ def test_an_unknown_key_is_refused_with_its_path_and_the_nearest_known_one(
 
 
 def test_an_unknown_key_like_no_other_is_answered_with_all_known_ones() -> None:
-    with pytest.raises(ValidationError, match="unknown key 'zzz'; known keys: min, max, target_units"):
+    with pytest.raises(ValidationError, match="unknown key 'zzz'; known keys: min, max, target_busy"):
         spec(replicas={"zzz": 2})
 
 

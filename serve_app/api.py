@@ -63,6 +63,7 @@ USAGE_QUERY: list[dict[str, Any]] = [
 ALIASES = {"/v2/rerank": "/v1/rerank"}  # where Cohere's newer client looks; one route, whichever way it is called
 OPEN = frozenset({"/health", "/ready"})  # whatever is not named here asks for a key, routes that come later included
 REQUEST_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")  # what a caller may choose: it goes into logs and the ledger
+SECONDS = re.compile(r"[0-9]{1,9}(\.[0-9]{1,9})?")
 SECURITY_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "Cache-Control": "no-store",
@@ -153,21 +154,21 @@ def _documented_app() -> FastAPI:
 async def embeddings(request: Request) -> Response:
     """One vector per text, L2-normalised, in the order of `input`."""
     service = _service(request)
-    async with service.deadline():
+    async with service.deadline(_call(request).read_timeout_s):
         return _json(await service.embed(_call(request), await _body(request)))
 
 
 async def rerank(request: Request) -> Response:
     """One score per document, and the documents in its order, best first. `/v2/rerank` is the same route."""
     service = _service(request)
-    async with service.deadline():
+    async with service.deadline(_call(request).read_timeout_s):
         return _json(await service.rerank(_call(request), await _body(request)))
 
 
 async def tokenize(request: Request) -> Response:
     """The tokens that `/v1/embeddings` or `/v1/rerank` would bill for the same input. Free."""
     service = _service(request)
-    async with service.deadline():
+    async with service.deadline(_call(request).read_timeout_s):
         return _json(await service.tokenize(_call(request), await _body(request)))
 
 
@@ -232,6 +233,7 @@ class Edge:
             started_s=time.perf_counter(),
             route=scope["path"],
             idempotency_keys=headers.getlist("idempotency-key"),
+            read_timeout_s=_read_timeout_s(headers),
             no_store=_no_store(headers),
         )
         scope["call"] = call
@@ -275,6 +277,12 @@ def _request_id(headers: Headers) -> str:
     """The caller's, if it may stand in a log; else one of our own."""
     given = headers.get("x-request-id", "")
     return given if REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+
+
+def _read_timeout_s(headers: Headers) -> float:
+    """OpenAI's clients say how long they wait for an answer. What is no number of seconds says nothing."""
+    given = headers.get("x-stainless-read-timeout", "")
+    return float(given) if SECONDS.fullmatch(given) and float(given) > 0 else math.inf
 
 
 def _no_store(headers: Headers) -> bool:

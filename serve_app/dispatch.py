@@ -112,8 +112,9 @@ class Dispatcher:
         unit_sequences: int,
         at_once: Callable[[bool], int],
         max_pending_tokens: int,
+        max_workspace_tokens: int | None = None,
     ) -> None:
-        """at_once: units that a replica computes in a lane, express or not."""
+        """at_once: units that a replica computes in a lane, express or not. max_workspace_tokens: that may wait."""
         self.replicas = 1  # kept up to date by whoever knows
         self._send = send
         self._ingress = uuid.uuid4().hex
@@ -122,6 +123,7 @@ class Dispatcher:
         self._unit_tokens = unit_tokens
         self._unit_sequences = unit_sequences
         self._max_pending_tokens = max_pending_tokens
+        self._max_workspace_tokens = max_workspace_tokens or max_pending_tokens
         self._lanes = {express: _Lane(express=express, at_once=at_once(express)) for express in (True, False)}
         self._flights: dict[int, _Flight] = {}
         self._numbers = itertools.count()
@@ -139,9 +141,9 @@ class Dispatcher:
 
     async def encode(self, packed: Packed, share: Share = ALONE) -> Encoded:
         """Vectors in the order of the sequences. A caller that is cancelled leaves the queue. Raises ServiceError."""
-        self._admit(packed, share)
-        start, request = time.perf_counter(), next(self._numbers)
         lane = self._lanes[packed.tokens <= EXPRESS_TOKENS]
+        self._admit(lane, packed, share)
+        start, request = time.perf_counter(), next(self._numbers)
         flight = self._flights[request] = _Flight(
             packed=packed,
             vectors=np.empty((len(packed.lengths), self._dimensions), np.float32),
@@ -166,27 +168,58 @@ class Dispatcher:
         for flight in self._flights.values():
             flight.fail(error)
 
-    def _admit(self, packed: Packed, share: Share) -> None:
+    def _admit(self, lane: _Lane, packed: Packed, share: Share) -> None:
         """An idle queue takes any request; a full one says how long it needs at the measured rate.
 
-        A full one, too, takes what keeps a workspace within its part of it: so at worst twice as much waits.
+        A full one, too, takes what keeps a workspace within its part of it: so at worst twice as much waits. What would
+        be computed after its caller's time is over, is refused at once: that time belongs to those who still wait.
         """
         waiting = self._queued_tokens
-        if waiting and waiting + packed.tokens > self._max_pending_tokens and not self._has_room(packed, share):
+        if not waiting:
+            return
+        if waiting + packed.tokens > self._max_pending_tokens and not self._has_room(packed, share):
             raise AtCapacity(
                 f"{waiting:,} tokens wait for this model; with yours they were more than {self._max_pending_tokens:,}.",
                 retry_after_s=self._rate.seconds_for(waiting),
             )
+        own = self._queued_tokens_of(share.workspace)
+        if own and own + packed.tokens > self._max_workspace_tokens:
+            raise AtCapacity(
+                f"{own:,} tokens of your workspace wait for this model; with these they were more than "
+                f"{self._max_workspace_tokens:,}.",
+                retry_after_s=self._turn_s(self._lanes.values(), share),
+            )
+        if self._rate.measured and self._rate.seconds_for(lane.queue.tokens + packed.tokens) > share.within_s:
+            wait_s = self._turn_s([lane], share, packed.tokens)  # behind all of them it were too late
+            if wait_s > share.within_s:
+                raise AtCapacity(
+                    f"This model is busy: you would wait {wait_s:.0f} s, and your time is {share.within_s:.0f} s.",
+                    retry_after_s=wait_s - share.within_s,
+                )
+
+    def _turn_s(self, lanes: Collection[_Lane], share: Share, more: int = 0) -> float:
+        """How long what waits of a workspace there takes, and so many tokens more: it gets its part of the turns."""
+        part = share.weight / sum(self._weights(lanes, share).values())
+        own = sum(lane.queue.tokens_of(share.workspace) for lane in lanes)
+        every = sum(lane.queue.tokens for lane in lanes)
+        return self._rate.seconds_for(min(every + more, round((own + more) / part)))
 
     def _has_room(self, packed: Packed, share: Share) -> bool:
-        queues = [lane.queue for lane in self._lanes.values()]
-        weights = {share.workspace: share.weight}
-        for queue in queues:
-            weights |= queue.weights()
+        weights = self._weights(self._lanes.values(), share)
         part = self._max_pending_tokens * share.weight / sum(weights.values())
-        if len(weights) == 1 or sum(queue.tokens for queue in queues) + packed.tokens > 2 * self._max_pending_tokens:
+        if len(weights) == 1 or self._queued_tokens + packed.tokens > 2 * self._max_pending_tokens:
             return False
-        return sum(queue.tokens_of(share.workspace) for queue in queues) + packed.tokens <= part
+        return self._queued_tokens_of(share.workspace) + packed.tokens <= part
+
+    def _weights(self, lanes: Collection[_Lane], share: Share) -> dict[str, int]:
+        """Of the workspaces that take turns there, this one included."""
+        weights = {share.workspace: share.weight}
+        for lane in lanes:
+            weights |= lane.queue.weights()
+        return weights
+
+    def _queued_tokens_of(self, workspace: str) -> int:
+        return sum(lane.queue.tokens_of(workspace) for lane in self._lanes.values())
 
     def _leave(self, lane: _Lane, request: int) -> None:
         """Answered, failed or given up: nothing of this request is worth a place at a replica any more."""
@@ -315,6 +348,10 @@ class _Rate:
     def carried(self, tokens: int, now_s: float) -> None:
         self._advance(now_s)
         self._tokens += tokens
+
+    @property
+    def measured(self) -> bool:
+        return self._tokens > 0
 
     def seconds_for(self, tokens: int) -> float:
         """How long so many tokens take; before anything was measured, a second."""

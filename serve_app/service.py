@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import math
 import time
 import uuid
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
@@ -28,7 +29,14 @@ from serve_app.core.catalog import (
     check_tokens,
 )
 from serve_app.core.charges import token_event
-from serve_app.core.errors import EndpointNotAllowed, ModelNotAllowed, ModelNotFound, RequestTimeout
+from serve_app.core.errors import (
+    EndpointNotAllowed,
+    ModelNotAllowed,
+    ModelNotFound,
+    RequestTimeout,
+    did_you_mean,
+    shown,
+)
 from serve_app.core.known import Task
 from serve_app.core.ledger import UsageEvent, call_event_id
 from serve_app.core.packing import Packed, Share
@@ -66,8 +74,16 @@ class LiveModel(Protocol):
 class Models(Protocol):
     """The models that are deployed right now."""
 
+    def names(self, name: str) -> tuple[str, str]:
+        """(id, canonical name) of a deployed model, by either, in any case. Raises ModelNotFound or ModelLoading."""
+        ...
+
     def resolve(self, name: str) -> LiveModel:
-        """By id or canonical name, in any case. Raises ModelNotFound or ModelLoading."""
+        """A model that has answered before. Raises ModelNotFound or ModelLoading."""
+        ...
+
+    async def awake(self, name: str) -> LiveModel:
+        """One that answers now: waits for a model that loads, and wakes one that sleeps. Raises as `resolve`."""
         ...
 
     def cards(self) -> list[ModelCard]:
@@ -88,6 +104,7 @@ class Call:
     route: str
     id: str = field(default_factory=lambda: f"{_PROCESS}-{next(_numbers)}")  # ours: a caller may repeat a request id
     idempotency_keys: Sequence[str] = field(default=(), repr=False)
+    read_timeout_s: float = math.inf  # after which the client hangs up, as it said
     no_store: bool = False  # its vectors are neither taken from a cache nor kept in one
     caller: Caller | None = None
     fingerprint: str | None = None
@@ -135,13 +152,17 @@ class Service:
         self._request_timeout_s = request_timeout_s
 
     @asynccontextmanager
-    async def deadline(self) -> AsyncIterator[None]:
-        """Around a whole request, its body's arrival included. Raises RequestTimeout; what was begun is dropped."""
+    async def deadline(self, client_s: float = math.inf) -> AsyncIterator[None]:
+        """Around a whole request, its body's arrival included. Raises RequestTimeout; what was begun is dropped.
+
+        client_s: what its client waits, if that is less.
+        """
+        within_s = min(self._request_timeout_s, client_s)
         try:
-            async with asyncio.timeout(self._request_timeout_s):
+            async with asyncio.timeout(within_s):
                 yield
         except TimeoutError:
-            raise RequestTimeout(f"No answer within {self._request_timeout_s:g} s; the work was dropped.") from None
+            raise RequestTimeout(f"No answer within {within_s:g} s; the work was dropped.") from None
 
     async def admit(self, call: Call, authorization: str | None) -> None:
         """Who is calling, and whether it may now. Raises InvalidAPIKey, EndpointNotAllowed, RateLimitExceeded."""
@@ -164,15 +185,15 @@ class Service:
 
     async def embed(self, call: Call, body: bytes) -> bytes:
         """`POST /v1/embeddings`: the response's body."""
-        return await self._answer(call, self._embedding(call, body))
+        return await self._answer(call, await self._embedding(call, body))
 
     async def rerank(self, call: Call, body: bytes) -> bytes:
         """`POST /v1/rerank`: the response's body."""
-        return await self._answer(call, self._reranking(call, body))
+        return await self._answer(call, await self._reranking(call, body))
 
-    def _embedding(self, call: Call, body: bytes) -> Job:
+    async def _embedding(self, call: Call, body: bytes) -> Job:
         request = schema.parse(schema.EmbeddingsRequest, body)
-        model, prompt = self._asked(call, request)
+        model, prompt = await self._asked(call, request)
         dimensions = check_dimensions(model.card, request.dimensions)
         check_strings(model.card, len(request.input))
         return Job(
@@ -187,9 +208,9 @@ class Service:
             render=Reply.render,
         )
 
-    def _reranking(self, call: Call, body: bytes) -> Job:
+    async def _reranking(self, call: Call, body: bytes) -> Job:
         request = schema.parse(schema.RerankRequest, body)
-        model, documents = self._reranker(call, request), request.ranked
+        model, documents = await self._reranker(call, request), request.ranked
         return Job(
             caller=_caller(call),
             request=request,
@@ -230,7 +251,8 @@ class Service:
         if isinstance(claim, Reply):
             call.replay_of, call.fingerprint = claim.request_id, claim.fingerprint
             return claim
-        return await asyncio.shield(apart(self._fulfil(call, job, claim)))  # if the client hangs up, it comes again
+        call.read_timeout_s = math.inf  # if the client hangs up, it comes again
+        return await asyncio.shield(apart(self._fulfil(call, job, claim)))
 
     async def _fulfil(self, call: Call, job: Job, claim: Claim) -> Reply:
         try:
@@ -285,10 +307,10 @@ class Service:
         """`POST /v1/tokenize`: the exact billable count, before sending."""
         request = schema.parse_tokenize(body)
         if isinstance(request, schema.TokenizePairsRequest):
-            model = self._reranker(call, request)
+            model = await self._reranker(call, request)
             tokenized = await self._tokenize(call, _pairs(model, request))
         else:
-            model, prompt = self._asked(call, request)
+            model, prompt = await self._asked(call, request)
             check_strings(model.card, len(request.input))
             tokenized = await self._tokenize(call, model.tokenize(prompted(request.input, prompt)))
         counts, usage = tokenized.counts(), tokenized.usage()
@@ -317,8 +339,11 @@ class Service:
 
     def retrieve_model(self, call: Call, name: str) -> dict[str, Any]:
         """`GET /v1/models/{id}`: answers under the name that was asked for."""
-        model, _ = self._resolve(call, name)
-        return _model(model.card, name)
+        id, input_type = self._named(call, name)
+        card = self._models.resolve(id).card
+        _check_suffix(card, name, input_type)
+        call.fingerprint = card.fingerprint
+        return _model(card, name)
 
     def readiness(self) -> dict[str, Any]:
         """`GET /ready`: ready = at least one model is deployed, and every one answered its self-test or sleeps."""
@@ -329,40 +354,43 @@ class Service:
             "models": {id: state.model_dump() for id, state in states.items()},
         }
 
-    def _asked(
+    async def _asked(
         self, call: Call, request: schema.EmbeddingsRequest | schema.TokenizeRequest
     ) -> tuple[LiveModel, str | None]:
         """The model that is meant, and the prompt that goes before each text."""
-        model, by_name = self._resolve(call, request.model)
+        model, by_name = await self._awake(call, request.model)
         card = model.card
         check_task(card, Task.EMBED)
         return model, prompt_for(card.prompts, by_name=by_name, by_field=request.input_type, model=card.name)
 
-    def _reranker(self, call: Call, request: schema.RerankRequest | schema.TokenizePairsRequest) -> LiveModel:
-        model, _ = self._resolve(call, request.model)
+    async def _reranker(self, call: Call, request: schema.RerankRequest | schema.TokenizePairsRequest) -> LiveModel:
+        model, _ = await self._awake(call, request.model)
         check_task(model.card, Task.RERANK)
         check_documents(model.card, len(request.ranked), param=request.ranked_field)
         return model
 
-    def _resolve(self, call: Call, name: str) -> tuple[LiveModel, InputType | None]:
-        """The model of that name, and what the name's suffix says of the texts, if that is no model's own name."""
-        model, input_type = self._named(name)
-        if not _caller(call).key.may_use(model.card.id, model.card.name):
-            raise ModelNotAllowed(f"This API key may not use the model {model.card.name}.", param="model")
+    async def _awake(self, call: Call, name: str) -> tuple[LiveModel, InputType | None]:
+        """The model of that name, which answers, and what the name's suffix says of the texts."""
+        id, input_type = self._named(call, name)
+        model = await self._models.awake(id)
+        _check_suffix(model.card, name, input_type)
         call.fingerprint = model.card.fingerprint
         return model, input_type
 
-    def _named(self, name: str) -> tuple[LiveModel, InputType | None]:
+    def _named(self, call: Call, name: str) -> tuple[str, InputType | None]:
+        """The id that is meant, and what the suffix says, if that is no model's own name. A key wakes only its own."""
+        input_type = None
         try:
-            return self._models.resolve(name), None
+            id, canonical = self._models.names(name)
         except ModelNotFound:
             split = parted(name)
             if split is None:
                 raise
-            model = self._models.resolve(split[0])
-            if model.card.prompts is None:
-                raise
-            return model, split[1]
+            id, canonical = self._models.names(split[0])
+            input_type = split[1]
+        if not _caller(call).key.may_use(id, canonical):
+            raise ModelNotAllowed(f"This API key may not use the model {canonical}.", param="model")
+        return id, input_type
 
     async def _tokenize(self, call: Call, under_way: Awaitable[Tokenized]) -> Tokenized:
         started_s = time.perf_counter()
@@ -372,7 +400,8 @@ class Service:
 
     async def _encode(self, call: Call, job: Job, tokenized: Tokenized) -> Encoded:
         workspace = job.caller.workspace
-        share = Share(workspace=workspace.id, weight=self._limits.weight(workspace.plan))
+        within_s = min(self._request_timeout_s, call.read_timeout_s) - (time.perf_counter() - call.started_s)
+        share = Share(workspace=workspace.id, weight=self._limits.weight(workspace.plan), within_s=within_s)
         encoded = await job.model.encode(tokenized.packed, share, no_store=call.no_store)
         call.queue_s, call.compute_s = encoded.queue_s, encoded.compute_s
         return encoded
@@ -381,6 +410,12 @@ class Service:
 def _caller(call: Call) -> Caller:
     assert call.caller is not None, "an open route needs no caller, and no other is reached without one"
     return call.caller
+
+
+def _check_suffix(card: ModelCard, name: str, input_type: InputType | None) -> None:
+    """Raises ModelNotFound if the name has one and the model has no prompts."""
+    if input_type is not None and card.prompts is None:
+        raise ModelNotFound(f"There is no model {shown(name)} here.{did_you_mean(card.id)}", param="model")
 
 
 def _pairs(model: LiveModel, request: schema.RerankRequest | schema.TokenizePairsRequest) -> Awaitable[Tokenized]:

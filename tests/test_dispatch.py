@@ -88,6 +88,7 @@ def dispatcher(
     unit_sequences: int = 100,
     units_at_once: int = 1,
     max_pending_tokens: int = 10**6,
+    max_workspace_tokens: int | None = None,
 ) -> Dispatcher:
     return Dispatcher(
         send,
@@ -97,6 +98,7 @@ def dispatcher(
         unit_sequences=unit_sequences,
         at_once=lambda express: units_at_once,
         max_pending_tokens=max_pending_tokens,
+        max_workspace_tokens=max_workspace_tokens,
     )
 
 
@@ -693,3 +695,66 @@ async def test_however_many_come_late_no_more_than_twice_as_much_waits() -> None
     replica.release()
     results = await asyncio.gather(*tasks, return_exceptions=True)
     assert sum(isinstance(result, AtCapacity) for result in results) == 10
+
+
+async def measured(dispatch: Dispatcher, replica: Replica, clock: Clock, *, tokens_per_s: float) -> None:
+    """One unit at this rate."""
+    replica.hold()
+    unit = start(dispatch.encode(request(1, 1000)))
+    await settle()
+    clock.now_s += 1000 / tokens_per_s
+    replica.release()
+    await unit
+
+
+async def test_a_workspace_alone_does_not_fill_the_queue_and_is_told_how_long_its_own_takes(clock: Clock) -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica, max_pending_tokens=100 * LONG, max_workspace_tokens=10 * LONG)
+    await measured(dispatch, replica, clock, tokens_per_s=LONG)
+    replica.hold()
+    blockers = await filled_up(dispatch)
+    flood = start(dispatch.encode(request(100, *[LONG] * 25), of("flood")))  # of one request any size, if none waits
+    await settle()
+    with pytest.raises(AtCapacity, match="of your workspace") as refused:
+        await dispatch.encode(request(1, 1), of("flood"))
+    assert refused.value.retry_after_s == pytest.approx(25, rel=0.1)
+    polite = start(dispatch.encode(request(200, *[LONG] * 9), of("polite")))
+    await settle()
+    assert not polite.done()
+    with pytest.raises(AtCapacity, match="of your workspace") as refused:
+        await dispatch.encode(request(1, LONG, LONG), of("polite"))
+    assert refused.value.retry_after_s == pytest.approx(2 * 9, rel=0.1)  # every second turn is another's
+    replica.release()
+    await asyncio.gather(*blockers, flood, polite)
+
+
+async def test_what_would_come_too_late_is_refused_at_once_and_takes_nobodys_time(clock: Clock) -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica)
+    await measured(dispatch, replica, clock, tokens_per_s=LONG)
+    replica.hold()
+    tasks = await filled_up(dispatch)
+    tasks.append(start(dispatch.encode(request(100, *[LONG] * 20), Share(workspace="flood"))))
+    await settle()
+    with pytest.raises(AtCapacity, match="your time is 15 s") as refused:
+        await dispatch.encode(request(1, LONG), Share(workspace="flood", within_s=15))
+    assert refused.value.retry_after_s == pytest.approx(21 - 15, rel=0.1)
+    tasks.append(start(dispatch.encode(request(1, LONG), Share(workspace="flood", within_s=25))))
+    # It has every second turn, and short requests have a queue of their own.
+    tasks.append(start(dispatch.encode(request(2, LONG), Share(workspace="polite", within_s=15))))
+    tasks.append(start(dispatch.encode(request(3, 10), Share(workspace="flood", within_s=1))))
+    await settle()
+    replica.release()
+    await asyncio.gather(*tasks)
+
+
+async def test_before_anything_was_measured_nobody_is_too_late() -> None:
+    replica = Replica()
+    dispatch = dispatcher(replica)
+    replica.hold()
+    tasks = [*await filled_up(dispatch), start(dispatch.encode(request(1, *[LONG] * 20)))]
+    await settle()
+    tasks.append(start(dispatch.encode(request(2, LONG), Share(workspace="another", within_s=0.01))))
+    await settle()
+    replica.release()
+    await asyncio.gather(*tasks)

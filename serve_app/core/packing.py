@@ -9,6 +9,7 @@ What a workspace did not use it does not save. `dispatch.py` brings the clock an
 from __future__ import annotations
 
 import itertools
+import math
 from collections import deque
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -91,10 +92,14 @@ class Span:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Share:
-    """Whose request it is, and how many tokens its workspace gets in a round, relative to the others."""
+    """Whose request it is, how many tokens its workspace gets in a round, relative to the others, and its time.
+
+    within_s: seconds from now after which nobody waits for the answer any more.
+    """
 
     workspace: str = ""
     weight: int = 1
+    within_s: float = math.inf
 
 
 ALONE = Share()

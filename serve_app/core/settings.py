@@ -45,6 +45,10 @@ class IngressSettings(StoreSettings):
     """A request that takes longer is dropped and answered with 504."""
     max_pending_tokens: Annotated[int, Field(ge=1)] = 2_000_000
     """Tokens that may wait for one model in one ingress; beyond it requests get 503 `at_capacity`."""
+    max_workspace_tokens: Annotated[int, Field(ge=1)] = 1_000_000
+    """Of them, what one workspace may have there."""
+    load_wait_s: Annotated[float, Field(ge=0)] = 30.0
+    """What a request waits for a model that loads or sleeps, before it gets 503 `model_loading`."""
     max_ongoing_requests: Annotated[int, Field(ge=1)] = 4096
     """Requests that one ingress works on at once."""
     cors_origins: tuple[str, ...] = ()

@@ -40,7 +40,11 @@ class IngressReplica:
         store = await open_store(settings.store)
         if is_local(settings.store):
             await demo.make(store, demo.key_path(settings.store), now_ms=_now_ms())
-        models = LiveModels(max_pending_tokens=settings.max_pending_tokens)
+        models = LiveModels(
+            max_pending_tokens=settings.max_pending_tokens,
+            max_workspace_tokens=settings.max_workspace_tokens,
+            load_wait_s=settings.load_wait_s,
+        )
         service = self.service(models, store)
 
         @asynccontextmanager

@@ -113,6 +113,7 @@ class Ready:
         *,
         is_deployed: Callable[[], Awaitable[bool]],
         max_pending_tokens: int,
+        max_workspace_tokens: int,
     ) -> None:
         card = self.card = description.card
         self._handle = handle
@@ -129,6 +130,7 @@ class Ready:
             unit_sequences=card.unit_sequences,
             at_once=lambda express: card.at_once(express=express),
             max_pending_tokens=max_pending_tokens,
+            max_workspace_tokens=max_workspace_tokens,
         )
         self._recall = Recall(self.dispatcher.encode, cache_bytes=card.cache_bytes, count=self._answered)
         CACHE_BYTES.set(0, {"model": card.name})  # whatever its predecessor kept

@@ -7,6 +7,7 @@ through one cached handle. One that loads, sleeps, failed or went has its own an
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from dataclasses import dataclass, replace
@@ -57,15 +58,45 @@ class _Deployed:
 class LiveModels:
     """See `service.Models`. Lives in the ingress, on its event loop."""
 
-    def __init__(self, *, max_pending_tokens: int) -> None:
+    def __init__(self, *, max_pending_tokens: int, max_workspace_tokens: int, load_wait_s: float) -> None:
+        """load_wait_s: what a request waits for a model that loads or sleeps."""
         self._max_pending_tokens = max_pending_tokens
+        self._max_workspace_tokens = max_workspace_tokens
+        self._load_wait_s = load_wait_s
+        self._news = asyncio.Event()  # set, and replaced, when a model may have come up
         self._threads = Threads()
         self._apps: dict[str, _Deployed] | None = None  # None: Serve has not been heard yet
         self._names: dict[str, _Deployed] = {}  # lower case id or canonical name
         self._leaving: dict[str, Ready] = {}  # by application: their replicas may still answer what they have
         self._load_s: dict[str, float] = {}  # measured, by id
 
+    def names(self, name: str) -> tuple[str, str]:
+        deployed = self._named(name)
+        return deployed.id, deployed.name
+
     def resolve(self, name: str) -> LiveModel:
+        deployed = self._named(name)
+        if deployed.model is not None:
+            return deployed.model
+        raise self._loading(deployed)
+
+    async def awake(self, name: str) -> LiveModel:
+        """Not waited for: what failed, or is known to take longer than the wait. It is woken all the same."""
+        until_s = time.monotonic() + self._load_wait_s
+        while True:
+            deployed, left_s = self._named(name), until_s - time.monotonic()
+            if deployed.model is not None and deployed.replicas:
+                return deployed.model
+            if deployed.state in ("asleep", "ready"):
+                self._wake(deployed)
+            measured = deployed.id in self._load_s
+            if deployed.state == "failed" or left_s <= 0 or (measured and self._load_left_s(deployed) > left_s):
+                raise self._loading(deployed)
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(left_s):
+                    await self._news.wait()
+
+    def _named(self, name: str) -> _Deployed:
         if self._apps is None:
             raise ModelLoading("The service is starting.", param="model", retry_after_s=REFRESH_S)
         deployed = self._names.get(name.lower())
@@ -73,12 +104,16 @@ class LiveModels:
             guess = nearest(name[:64], self._names)
             hint = did_you_mean(self._names[guess].id if guess else None)
             raise ModelNotFound(f"There is no model {shown(name)} here.{hint}", param="model")
-        if deployed.model is not None:
-            return deployed.model
-        if deployed.state == "asleep":
-            self._wake(deployed)
+        return deployed
+
+    def _loading(self, deployed: _Deployed) -> ModelLoading:
         what = "failed to start" if deployed.state == "failed" else "is loading"
-        raise ModelLoading(f"{deployed.name} {what}.", param="model", retry_after_s=self._load_left_s(deployed))
+        return ModelLoading(f"{deployed.name} {what}.", param="model", retry_after_s=self._load_left_s(deployed))
+
+    def _tell(self) -> None:
+        """Those who wait look again."""
+        self._news.set()
+        self._news = asyncio.Event()
 
     def cards(self) -> list[ModelCard]:
         return [deployed.model.card for deployed in (self._apps or {}).values() if deployed.model is not None]
@@ -133,6 +168,7 @@ class LiveModels:
         for app in self._leaving.keys() - status.applications.keys():
             self._leaving.pop(app).gone()
         self._apps, names_before = apps, self._names
+        self._tell()
         self._names = {}
         for deployed in apps.values():
             for name in (deployed.id.lower(), deployed.name.lower()):
@@ -173,6 +209,8 @@ class LiveModels:
             logger.warning("%s did not describe itself: %s", deployed.id, type(error).__name__)
             return
         deployed.model.stale, deployed.described = False, version
+        deployed.replicas = max(1, deployed.replicas)  # it answered: nobody waits for the next status
+        self._tell()
         if deployed.loading_since_s is not None:
             self._load_s[deployed.id] = time.monotonic() - deployed.loading_since_s
             deployed.loading_since_s = None
@@ -188,6 +226,7 @@ class LiveModels:
             self._threads,
             is_deployed=is_deployed,
             max_pending_tokens=self._max_pending_tokens,
+            max_workspace_tokens=self._max_workspace_tokens,
         )
 
     def _load_left_s(self, deployed: _Deployed) -> float:

@@ -277,6 +277,23 @@ def test_a_request_that_takes_too_long_is_a_504() -> None:
     assert model.dispatcher.pending_sequences == 0
 
 
+async def test_what_a_client_said_it_waits_is_all_it_gets() -> None:
+    model = FakeModel(send=never_answers)
+    async with async_sdk(app_of(model), max_retries=0) as client:
+        with pytest.raises(openai.InternalServerError) as failed:  # the SDK says it in x-stainless-read-timeout
+            await client.embeddings.create(model=ID, input="hello", timeout=0.05)
+    assert failed.value.code == "timeout"
+    assert model.dispatcher.pending_sequences == 0
+
+
+@pytest.mark.parametrize("given", ["", "0", "-1", "nan", "inf", "1e-3", "0x1", "soon", "1" * 400])
+async def test_a_read_timeout_that_is_none_says_nothing(given: str) -> None:
+    async with async_sdk(app_of(FakeModel()), max_retries=0) as client:
+        headers = {"x-stainless-read-timeout": given}
+        response = await client.embeddings.create(model=ID, input="hello", extra_headers=headers)
+    assert received(response).tobytes() == expected("hello").tobytes()
+
+
 # Limits
 
 

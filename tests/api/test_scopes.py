@@ -106,3 +106,16 @@ def test_every_route_that_takes_a_key_can_be_given_to_one() -> None:
     app: Any = build_app(service_over(FakeModels(FakeModel())), max_body_bytes=1000).app  # type: ignore[attr-defined]
     paths = {route.path.partition("/{")[0] for route in app.routes if isinstance(route, Route)}
     assert paths - OPEN - {"/openapi.json"} == set(ENDPOINTS)
+
+
+async def test_a_key_wakes_no_model_that_it_may_not_use(store: Store) -> None:
+    key = ApiKey(id="key", workspace="ws", name="test", digest=keys.digest(KEY), created_ms=0, models=(ONE.id,))
+    await store.put_key(key)
+    models = FakeModels(FakeModel(ONE), FakeModel(OTHER))
+    transport = httpx.ASGITransport(build_app(service_over(models, store=store), max_body_bytes=100_000))
+    headers = {"Authorization": f"Bearer {KEY}"}
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=headers) as http:
+        for name in (OTHER.id, OTHER.name, f"{OTHER.id}-query"):
+            refused = await http.post("/v1/embeddings", json={"model": name, "input": "hello"})
+            assert code(refused) == "model_not_allowed"
+    assert models.asked == []

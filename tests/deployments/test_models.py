@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from dataclasses import replace
 from typing import Any, cast
 
@@ -90,7 +91,7 @@ def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
 
 @pytest.fixture
 def live(handle: Handle) -> LiveModels:
-    return LiveModels(max_pending_tokens=1000)
+    return LiveModels(max_pending_tokens=1000, max_workspace_tokens=1000, load_wait_s=10.0)
 
 
 async def learn(live: LiveModels, **apps: ApplicationStatusOverview) -> None:
@@ -195,8 +196,67 @@ async def test_a_sleeping_model_is_woken_by_a_request(live: LiveModels, handle: 
     assert live.states()["small"].state == "asleep"
     assert handle.asked == 0
     assert isinstance(refusal(live, "small"), ModelLoading)
+    assert handle.asked == 0  # to be looked at wakes nothing
+    assert (await live.awake("small")).card == CARD
+    assert live.states()["small"].state == "ready"
+
+
+async def test_a_model_that_fell_asleep_is_woken_and_waited_for(live: LiveModels, handle: Handle) -> None:
+    await learn(live, a=app(RUNNING, 1))
     await learn(live, a=app(RUNNING, 0))
-    assert live.resolve("small").card == CARD
+    asked = handle.asked
+    assert (await live.awake("small")).card == CARD
+    assert handle.asked == asked + 1  # a call is what makes Serve start a replica
+
+
+async def test_a_loading_model_is_waited_for(live: LiveModels) -> None:
+    live.learn(status(a=app(DEPLOYING, 0)))
+    waiting = asyncio.ensure_future(live.awake("small"))
+    await asyncio.sleep(0)
+    live.learn(status(a=app(DEPLOYING, 0)))
+    await asyncio.sleep(0)
+    assert not waiting.done()
+    live.learn(status(a=app(RUNNING, 1)))
+    assert (await waiting).card == CARD
+
+
+async def test_who_has_waited_long_enough_is_told_how_long_it_will_take(live: LiveModels) -> None:
+    live._load_wait_s = 0.05
+    live.learn(status(a=app(DEPLOYING, 0)))
+    live._names["small"].loading_since_s = time.monotonic() - 8
+    with pytest.raises(ModelLoading) as refused:
+        await live.awake("small")
+    assert refused.value.retry_after_s == pytest.approx(8, abs=1)
+
+
+async def test_a_model_that_is_known_to_take_longer_than_one_waits_is_woken_and_refused_at_once(
+    live: LiveModels, handle: Handle
+) -> None:
+    await learn(live, a=app(RUNNING, 1))
+    await learn(live, a=app(RUNNING, 0))
+    live._load_s["small"] = 45.0
+    asked, started_s = handle.asked, time.monotonic()
+    with pytest.raises(ModelLoading) as refused:
+        await live.awake("small")
+    assert time.monotonic() - started_s < live._load_wait_s / 2
+    assert refused.value.retry_after_s == pytest.approx(45, abs=1)
+    await learn(live, a=app(RUNNING, 0))
+    assert handle.asked == asked + 1
+
+
+async def test_nobody_waits_for_a_model_that_failed_to_start(live: LiveModels) -> None:
+    live.learn(status(a=app(ApplicationStatus.DEPLOY_FAILED, 0)))
+    with pytest.raises(ModelLoading, match="failed to start"):
+        await live.awake("small")
+
+
+async def test_who_waits_for_a_model_that_goes_is_told(live: LiveModels) -> None:
+    live.learn(status(a=app(DEPLOYING, 0)))
+    waiting = asyncio.ensure_future(live.awake("small"))
+    await asyncio.sleep(0)
+    live.learn(status())
+    with pytest.raises(ModelNotFound):
+        await waiting
 
 
 async def test_of_two_applications_with_one_name_the_first_serves(live: LiveModels) -> None:
@@ -211,7 +271,9 @@ def ready(handle: Handle, *, deployed: bool) -> Ready:
 
     description = Description(card=CARD, tokenizer_json=bundled_tokenizer_json())
     stand_in = cast(DeploymentHandle, handle)
-    return Ready(stand_in, description, Threads(), is_deployed=is_deployed, max_pending_tokens=1000)
+    return Ready(
+        stand_in, description, Threads(), is_deployed=is_deployed, max_pending_tokens=1000, max_workspace_tokens=1000
+    )
 
 
 @pytest.mark.parametrize(

@@ -163,17 +163,25 @@ class FakeModels:
     def __init__(self, *models: FakeModel, loading: dict[str, float] | None = None) -> None:
         self._models = {name.lower(): model for model in models for name in (model.card.id, model.card.name)}
         self.loading = loading or {}
-        self.asked: list[str] = []  # names that were resolved, known or not
+        self.asked: list[str] = []  # ids that were resolved
+
+    def names(self, name: str) -> tuple[str, str]:
+        if name in self.loading:
+            return name, name
+        model = self._models.get(name.lower())
+        if model is None:
+            guess = did_you_mean(nearest(name, self._models))
+            raise ModelNotFound(f"There is no model {shown(name)} here.{guess}", param="model")
+        return model.card.id, model.card.name
 
     def resolve(self, name: str) -> LiveModel:
         self.asked.append(name)
         if name in self.loading:
             raise ModelLoading(f"{shown(name)} is loading.", param="model", retry_after_s=self.loading[name])
-        model = self._models.get(name.lower())
-        if model is None:
-            guess = did_you_mean(nearest(name, self._models))
-            raise ModelNotFound(f"There is no model {shown(name)} here.{guess}", param="model")
-        return model
+        return self._models[name.lower()]
+
+    async def awake(self, name: str) -> LiveModel:
+        return self.resolve(name)
 
     def cards(self) -> list[ModelCard]:
         return list(dict.fromkeys(model.card for model in self._models.values()))

@@ -145,6 +145,28 @@ async def test_truncation_warnings_are_replayed_too(served: Served) -> None:
     assert (is_replay(replay), replay.content) == (True, first.content)
 
 
+async def test_with_a_key_the_work_goes_on_when_the_client_has_waited_long_enough(served: Served) -> None:
+    served.model.may_answer.clear()
+    ingress = served.ingress()
+    body, key = {"model": CARD.id, "input": "a text"}, {"Idempotency-Key": "k"}
+    patience = {"x-stainless-read-timeout": "0.1"}
+    late = await ingress.post("/v1/embeddings", json=body, headers=key | patience)
+    assert late.status_code == 504
+    served.model.may_answer.set()
+    again = await ask(ingress)
+    assert (again.status_code, served.model.runs) == (200, 1)
+    assert len(await served.events()) == 1
+
+
+async def test_without_a_key_nothing_is_billed_that_came_too_late(served: Served) -> None:
+    served.model.may_answer.clear()
+    body, patience = {"model": CARD.id, "input": "a text"}, {"x-stainless-read-timeout": "0.1"}
+    late = await served.ingress().post("/v1/embeddings", json=body, headers=patience)
+    served.model.may_answer.set()
+    assert late.status_code == 504
+    assert await served.events() == []
+
+
 async def test_without_a_key_the_same_text_is_a_call_of_its_own(served: Served) -> None:
     ingress = served.ingress()
     first, second = [await ask(ingress, None) for _ in range(2)]

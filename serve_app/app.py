@@ -115,6 +115,7 @@ def model(spec: ModelSpec) -> Application:
         name=deployment_name(spec),
         autoscaling_config=autoscaling,
         max_ongoing_requests=MAX_UNITS_AT_A_REPLICA,
+        max_replicas_per_node=spec.max_replicas_per_node,
         ray_actor_options={
             "num_cpus": spec.num_cpus,
             "num_gpus": spec.num_gpus,

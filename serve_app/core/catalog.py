@@ -137,6 +137,8 @@ class ModelSpec(StrictModel):
     """What Ray reserves per replica. It limits nothing; `threads` does."""
     num_gpus: Annotated[float, Field(ge=0)] = 0.0
     """GPU share per replica: 0.5 puts two on one GPU."""
+    max_replicas_per_node: Annotated[int, Field(ge=1, le=100)] | None = None  # Serve takes no more than 100
+    """Unset = as many as fit. 1, on nodes of one GPU: its share of a GPU is beside another model, not beside itself."""
     threads: Annotated[int, Field(ge=0)] = 0
     """Threads per replica on the CPU: so many units are computed at once, at most 8. 0 = every core of the node."""
     unit_tokens: Annotated[int, Field(ge=64)] | None = None

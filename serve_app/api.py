@@ -30,6 +30,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from serve_app.access import HUNG_UP, Access
 from serve_app.core import schema
 from serve_app.core.errors import (
     InternalError,
@@ -40,6 +41,7 @@ from serve_app.core.errors import (
     UnsupportedMediaType,
     every_error,
 )
+from serve_app.core.metrics import IngressMetrics
 from serve_app.service import Call, Service
 from serve_app.throttle import Standing
 
@@ -85,12 +87,18 @@ Lifespan = Callable[[Starlette], AbstractAsyncContextManager[None]]
 
 
 def build_app(
-    service: Service, *, max_body_bytes: int, cors_origins: Sequence[str] = (), lifespan: Lifespan | None = None
+    service: Service,
+    *,
+    max_body_bytes: int,
+    cors_origins: Sequence[str] = (),
+    lifespan: Lifespan | None = None,
+    metrics: IngressMetrics | None = None,
 ) -> ASGIApp:
     """The whole HTTP side of the service. cors_origins: of web pages that may call it."""
     documented = _documented_app()
+    routes = [_undocumented(route) for route in documented.routes]
     app = Starlette(
-        routes=[_undocumented(route) for route in documented.routes],
+        routes=routes,
         exception_handlers={
             HTTPException: _unrouted,
             ServiceError: _refused,
@@ -103,7 +111,8 @@ def build_app(
     app.state.service = service
     app.state.max_body_bytes = max_body_bytes
     app.state.openapi = functools.cache(functools.partial(_openapi, documented))
-    return Edge(app, service, cors_origins)
+    access = Access(metrics or IngressMetrics(), [route.path for route in routes])
+    return Edge(app, service, access, cors_origins)
 
 
 def _undocumented(route: BaseRoute) -> Route:
@@ -204,11 +213,12 @@ async def openapi(request: Request) -> Response:
 
 
 class Edge:
-    """Around everything: a request id, the time and the security headers on every response."""
+    """Around everything: a request id, the time and the security headers on every response, and what is told of it."""
 
-    def __init__(self, app: ASGIApp, service: Service, cors_origins: Sequence[str]) -> None:
+    def __init__(self, app: ASGIApp, service: Service, access: Access, cors_origins: Sequence[str]) -> None:
         self.app = app
         self.service = service
+        self.access = access
         self.door = Door(app, service)
         self.cors_origins = frozenset(cors_origins)
         self.cors_door = CORSMiddleware(
@@ -237,12 +247,12 @@ class Edge:
             no_store=_no_store(headers),
         )
         scope["call"] = call
-        started = False
+        status = HUNG_UP  # until it is answered
 
         async def send_with_headers(message: Message) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
+                status = message["status"]
                 headers = MutableHeaders(scope=message)
                 _add_headers(call, headers)
                 _add_limits(self.service.standing(call), headers)
@@ -252,8 +262,10 @@ class Edge:
         try:
             await way_in(scope, receive, send_with_headers)
         except Exception:
-            if not started:
+            if status == HUNG_UP:
                 raise  # nothing was said, not even by _broken
+        finally:
+            self.access.answered(call, status)
 
 
 class Door:
@@ -270,7 +282,7 @@ class Door:
                 await self.service.admit(call, Headers(scope=scope).get("authorization"))
             await self.app(scope, receive, send)
         except ServiceError as error:  # not admitted; what a route raises is answered further in
-            await _error(error)(scope, receive, send)
+            await _error(call, error)(scope, receive, send)
 
 
 def _request_id(headers: Headers) -> str:
@@ -342,29 +354,30 @@ async def _unrouted(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     if error.status_code == 405:
         allowed = (error.headers or {}).get("Allow", "")
-        response = _error(MethodNotAllowed(f"This path takes: {allowed}."))
+        response = _error(_call(request), MethodNotAllowed(f"This path takes: {allowed}."))
         response.headers["Allow"] = allowed
         return response
-    return _error(RouteNotFound("There is no such path. GET /openapi.json lists them."))
+    return _error(_call(request), RouteNotFound("There is no such path. GET /openapi.json lists them."))
 
 
-async def _refused(_: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, ServiceError)
-    return _error(error)
+    return _error(_call(request), error)
 
 
 async def _gone(_: Request, __: Exception) -> Response:
-    return Response(status_code=499)  # nobody is left to read it
+    return Response(status_code=HUNG_UP)  # nobody is left to read it
 
 
 async def _broken(request: Request, error: Exception) -> Response:
     """Logged by type and place; not in the exception's own words, which may quote the caller's text."""
     frames = "".join(traceback.format_tb(error.__traceback__))
     logger.error("request %s: %s\n%s", _call(request).request_id, type(error).__qualname__, frames)
-    return _error(InternalError("Something broke on our side."))
+    return _error(_call(request), InternalError("Something broke on our side."))
 
 
-def _error(error: ServiceError) -> Response:
+def _error(call: Call, error: ServiceError) -> Response:
+    call.error = error
     response = Response(
         orjson.dumps(error.body()), error.status, media_type="application/json", headers=error.headers()
     )

@@ -45,6 +45,7 @@ from serve_app.core.idempotency import (
 )
 from serve_app.core.keys import Workspace
 from serve_app.core.ledger import UsageEvent, UsageLine, month_of
+from serve_app.core.metrics import IngressMetrics
 from serve_app.core.replies import Reply
 from serve_app.core.settings import IngressSettings
 from serve_app.gather import Gather
@@ -82,11 +83,14 @@ class Claim:
 
 
 class Books:
-    def __init__(self, store: Store, clerk: Clerk, blobs: Blobs, settings: IngressSettings) -> None:
+    def __init__(
+        self, store: Store, clerk: Clerk, blobs: Blobs, settings: IngressSettings, metrics: IngressMetrics
+    ) -> None:
         self._store = store
         self._clerk = clerk
         self._blobs = blobs
         self._settings = settings
+        self._metrics = metrics
         self._write: Gather[Step, Outcome] = Gather(store.run, max_items=BATCH)
         self._spent: dict[tuple[str, str], tuple[float, int]] = {}  # by workspace and month: until when, and how much
 
@@ -145,6 +149,7 @@ class Books:
         except asyncio.CancelledError:  # nobody waits any more, but the claim may have been granted
             apart(self._abandon(step))
             raise
+        self._metrics.claims.add(type(outcome).__name__.lower())
         match outcome:
             case Proceed(op=op):
                 return self._granted(step, op)
@@ -161,6 +166,7 @@ class Books:
                 raise RateLimitExceeded(
                     f"{holdings.records:,} replies of {holdings.bytes:,} bytes are kept for this workspace's replays; "
                     f"{self._settings.replay_records:,} of {self._settings.replay_bytes:,} bytes may be, in 24 hours.",
+                    budget="replays",
                     retry_after_s=60,
                 )
         raise AssertionError(f"{outcome} is no answer to Begin. This is a bug")
@@ -265,7 +271,8 @@ class Books:
 
 def _capped(workspace: Workspace) -> PlanLimitExceeded:
     cap = pricing.plain(Decimal(workspace.monthly_cap_micros or 0) / 1_000_000)
-    return PlanLimitExceeded(f"This workspace has spent the {cap} US dollars that it may in a month (UTC).")
+    spent = f"This workspace has spent the {cap} US dollars that it may in a month (UTC)."
+    return PlanLimitExceeded(spent, budget="spend")
 
 
 def _stop(claim: Claim) -> None:

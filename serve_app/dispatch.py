@@ -60,11 +60,15 @@ class UnitReply:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Encoded:
-    """The rows of one request, in its order, and where the time went: its longest batch, and all that was waiting."""
+    """The rows of one request, in its order, and where the time went: its longest batch, and all that was waiting.
+
+    express: the lane that it took; None: nothing had to be computed.
+    """
 
     vectors: Vectors
     queue_s: float
     compute_s: float
+    express: bool | None = None
 
 
 @dataclass(slots=True, kw_only=True)
@@ -139,6 +143,11 @@ class Dispatcher:
         """Sequences of requests that are not answered yet, under way or not."""
         return sum(flight.missing for flight in self._flights.values())
 
+    @property
+    def waiting_tokens(self) -> dict[bool, int]:
+        """Tokens that no unit has taken yet, by lane: express or not."""
+        return {express: lane.queue.tokens for express, lane in self._lanes.items()}
+
     async def encode(self, packed: Packed, share: Share = ALONE) -> Encoded:
         """Vectors in the order of the sequences. A caller that is cancelled leaves the queue. Raises ServiceError."""
         lane = self._lanes[packed.tokens <= EXPRESS_TOKENS]
@@ -160,7 +169,10 @@ class Dispatcher:
             self._leave(lane, request)
         waited_s = time.perf_counter() - start
         return Encoded(
-            vectors=flight.vectors, queue_s=max(0.0, waited_s - flight.compute_s), compute_s=flight.compute_s
+            vectors=flight.vectors,
+            queue_s=max(0.0, waited_s - flight.compute_s),
+            compute_s=flight.compute_s,
+            express=lane.express,
         )
 
     def abandon(self, error: ServiceError) -> None:

@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 from collections import OrderedDict
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 from enum import StrEnum
 from typing import TypeVar
 
@@ -78,7 +79,7 @@ class Recall:
         vectors = await _off_the_loop(
             packed, lambda: np.stack([made[at] if at in made else found[at] for at in places])
         )
-        return Encoded(vectors=vectors, queue_s=encoded.queue_s, compute_s=encoded.compute_s)
+        return replace(encoded, vectors=vectors)
 
     def _tell(self, encoded: int, cached: int, duplicate: int) -> None:
         for how, texts in ((Answered.ENCODED, encoded), (Answered.CACHED, cached), (Answered.DUPLICATE, duplicate)):

@@ -11,8 +11,8 @@ import itertools
 import math
 import time
 import uuid
-from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
@@ -34,6 +34,7 @@ from serve_app.core.errors import (
     ModelNotAllowed,
     ModelNotFound,
     RequestTimeout,
+    ServiceError,
     did_you_mean,
     shown,
 )
@@ -107,11 +108,17 @@ class Call:
     read_timeout_s: float = math.inf  # after which the client hangs up, as it said
     no_store: bool = False  # its vectors are neither taken from a cache nor kept in one
     caller: Caller | None = None
+    model: str = ""  # its canonical name
     fingerprint: str | None = None
     replay_of: str | None = None  # the request id of the call that this one repeats
     tokenize_s: float | None = None
     queue_s: float | None = None
     compute_s: float | None = None
+    settle_s: float | None = None
+    inputs: int | None = None
+    tokens: int | None = None
+    express: bool | None = None  # the lane that it took, if it took any
+    error: ServiceError | None = field(default=None, repr=False)  # what it was answered with
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -240,7 +247,9 @@ class Service:
         workspace = job.caller.workspace
         await self._books.check_cap(workspace, self._month())
         reply = await self._compute(call, job)
-        await self._books.bill(workspace, self._bill(call, job, reply, id=call_event_id(workspace.id, call.id)))
+        bill = self._bill(call, job, reply, id=call_event_id(workspace.id, call.id))
+        with _timing_settlement(call):
+            await self._books.bill(workspace, bill)
         return reply
 
     async def _run_once(self, call: Call, job: Job, key: str) -> Reply:
@@ -261,7 +270,8 @@ class Service:
                     await self._books.check_cap(job.caller.workspace, self._month())
                 reply = await self._compute(call, job)
                 bill = self._bill(call, job, reply, id=claim.op, claim=claim.id)
-                return await self._books.settle(job.caller.workspace, claim, reply, bill)
+                with _timing_settlement(call):
+                    return await self._books.settle(job.caller.workspace, claim, reply, bill)
         except BaseException:
             self._books.release(claim)
             raise
@@ -374,7 +384,7 @@ class Service:
         id, input_type = self._named(call, name)
         model = await self._models.awake(id)
         _check_suffix(model.card, name, input_type)
-        call.fingerprint = model.card.fingerprint
+        call.model, call.fingerprint = model.card.name, model.card.fingerprint
         return model, input_type
 
     def _named(self, call: Call, name: str) -> tuple[str, InputType | None]:
@@ -396,6 +406,7 @@ class Service:
         started_s = time.perf_counter()
         tokenized = await under_way
         call.tokenize_s = time.perf_counter() - started_s
+        call.inputs, call.tokens = len(tokenized.packed.lengths), tokenized.packed.tokens
         return tokenized
 
     async def _encode(self, call: Call, job: Job, tokenized: Tokenized) -> Encoded:
@@ -403,8 +414,15 @@ class Service:
         within_s = min(self._request_timeout_s, call.read_timeout_s) - (time.perf_counter() - call.started_s)
         share = Share(workspace=workspace.id, weight=self._limits.weight(workspace.plan), within_s=within_s)
         encoded = await job.model.encode(tokenized.packed, share, no_store=call.no_store)
-        call.queue_s, call.compute_s = encoded.queue_s, encoded.compute_s
+        call.queue_s, call.compute_s, call.express = encoded.queue_s, encoded.compute_s, encoded.express
         return encoded
+
+
+@contextmanager
+def _timing_settlement(call: Call) -> Iterator[None]:
+    started_s = time.perf_counter()
+    yield
+    call.settle_s = time.perf_counter() - started_s
 
 
 def _caller(call: Call) -> Caller:

@@ -15,6 +15,7 @@ from dataclasses import dataclass, field
 
 from serve_app.accounts import Caller
 from serve_app.apart import apart
+from serve_app.core import errors
 from serve_app.core.errors import RateLimitExceeded
 from serve_app.core.limits import FULL, NOTHING, Buckets, Budget, Charge, Cost, Limit, Verdict, decide
 from serve_app.core.plans import Limits
@@ -207,9 +208,10 @@ class Throttle:
         budget = meter.limit.requests if which == 0 or meter.limit.tokens is None else meter.limit.tokens
         turn_us = min(max(now_us + wait_us, meter.promised_us[which]), now_us + wait_us + QUEUE_US)
         meter.promised_us[which] = turn_us + min(cost[which], budget.at_once) * budget.each_us
-        what = ("requests", "tokens")[which]
+        what: errors.Budget = "requests" if which == 0 else "tokens"
         return RateLimitExceeded(
             f"This key may send {budget.per_minute:,} {what} a minute, {budget.at_once:,} of them at once.",
+            budget=what,
             retry_after_s=(turn_us - now_us) / 1e6,
         )
 

@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from serve_app.cli.events import FIRST_DAY, LAST_DAY, PAGE
+from serve_app.cli.events import PAGE
 from serve_app.core import caps
 from serve_app.core.audit import Audit
 from serve_app.core.audit.report import Report
 from serve_app.core.idempotency import Complete, Record, Replay, Stored
-from serve_app.core.ledger import SHARDS, UsageLine
+from serve_app.core.ledger import FIRST_DAY, LAST_DAY, SHARDS, UsageLine
 from serve_app.core.replies import Reply
 from serve_app.sinks import jsonl
 from serve_app.stores import Cursor, DeadLetter, Store

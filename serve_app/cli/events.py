@@ -18,7 +18,6 @@ from serve_app.core import pricing
 from serve_app.core.ledger import SHARDS, Recorded, cloud_event, shard_of
 from serve_app.stores import Store
 
-FIRST_DAY, LAST_DAY = "0000-01-01", "9999-12-31"
 PAGE = 500
 POLL_S = 1.0
 CSV_COLUMNS = (

@@ -95,7 +95,7 @@ def export(
     store: StoreUrl = DEFAULT_URL,
 ) -> None:
     """All events that are still in the ledger, shard by shard, in order; amounts are exact decimals."""
-    days = (day_text(first, events.FIRST_DAY), day_text(last, events.LAST_DAY))
+    days = (day_text(first, ledger.FIRST_DAY), day_text(last, ledger.LAST_DAY))
 
     async def write(books: Store) -> int:
         rows = events.between(books, workspace, *days)
@@ -117,7 +117,7 @@ def usage(
 ) -> None:
     """What was used, and what it costs: each row is rounded once, to a micro-dollar."""
     names = [name.strip() for name in by.split(",") if name.strip()]
-    days = (day_text(first, events.FIRST_DAY), day_text(last, events.LAST_DAY))
+    days = (day_text(first, ledger.FIRST_DAY), day_text(last, ledger.LAST_DAY))
 
     async def sums(books: Store) -> list[ledger.UsageLine]:
         if unknown := set(names) - {"workspace", "day", "model", "api_key"}:

@@ -18,7 +18,6 @@ from typing import Annotated, Any
 import typer
 
 from serve_app.cli import chart as charts
-from serve_app.cli.events import FIRST_DAY, LAST_DAY
 from serve_app.cli.terminal import Failed, First, Json, Last, StoreUrl, day_text, on_store, show_json, show_table
 from serve_app.cli.workspaces import find
 from serve_app.core import ledger, pricing
@@ -117,7 +116,7 @@ def _names(text: str, *, all_workspaces: bool) -> list[str]:
 
 
 def _days(first: Any, last: Any) -> tuple[str, str]:
-    days = day_text(first, FIRST_DAY), day_text(last, LAST_DAY)
+    days = day_text(first, ledger.FIRST_DAY), day_text(last, ledger.LAST_DAY)
     if days[0] > days[1]:
         raise Failed(f"--from {days[0]} is after --to {days[1]}.")
     return days

@@ -23,9 +23,10 @@ import difflib
 import math
 import re
 from collections.abc import Iterable, Iterator
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 MAX_RETRY_AFTER_S = 120  # the OpenAI SDK gives up at once when it is told to wait longer
+Budget = Literal["requests", "tokens", "replays", "spend"]
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]{0,63}(/[A-Za-z0-9_.\-]{1,64})?")
 
 
@@ -40,11 +41,20 @@ class ServiceError(Exception):
     should_retry: ClassVar[str | None] = None
     """`x-should-retry`, where the status alone would tell the OpenAI SDK the wrong thing."""
 
-    def __init__(self, message: str, *, param: str | None = None, retry_after_s: float | None = None) -> None:
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        retry_after_s: float | None = None,
+        budget: Budget | None = None,
+    ) -> None:
+        """budget: which one is spent, if that is why: for metrics. Callers are told by the message."""
         super().__init__(message)
         self.message = message
         self.param = param
         self.retry_after_s = retry_after_s
+        self.budget = budget
 
     def body(self) -> dict[str, dict[str, str | None]]:
         """OpenAI's error object, all four fields present."""

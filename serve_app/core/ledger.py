@@ -22,6 +22,7 @@ from serve_app.core import pricing
 
 SHARDS = 8  # of the ledger. Not to be changed: a workspace's events keep their order within one shard
 EVENT_VERSION = "1"
+FIRST_DAY, LAST_DAY = "0000-01-01", "9999-12-31"  # of all sums that there can be
 
 
 class Kind(StrEnum):

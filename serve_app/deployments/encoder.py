@@ -22,10 +22,12 @@ import numpy as np
 from ray import serve
 
 from serve_app.core.catalog import ModelCard, ModelSpec
+from serve_app.core.metrics import EncoderMetrics, lane_name
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.deployments.gate import Gate, Run
 from serve_app.deployments.load import Load
+from serve_app.deployments.metrics import Exporter
 from serve_app.dispatch import Unit, UnitReply
 from serve_app.encoders import Encoder, open_encoder, self_test
 
@@ -61,6 +63,9 @@ class EncoderReplica:
         sys.setswitchinterval(SWITCH_S)
         self._encoder: Encoder = open_encoder(spec)
         self_test.hold(spec, self._encoder)
+        self._metrics = EncoderMetrics()
+        self._exporter = Exporter(self._metrics, self._measure)
+        self._telling: asyncio.Task[None] | None = None
         # By lane, as in dispatch.py: express or not.
         card = self._encoder.card
         at_once = {express: card.at_once(express=express) for express in (True, False)}
@@ -92,6 +97,8 @@ class EncoderReplica:
         return self._load.report()
 
     async def check_health(self) -> None:
+        if self._telling is None:  # Serve asks before the first unit comes
+            self._telling = asyncio.create_task(self._exporter.run())
         for gate in self._gates.values():
             if gate.busy_s() > STUCK_S:
                 raise RuntimeError(f"a batch has been running for more than {STUCK_S:g} s")
@@ -104,15 +111,34 @@ class EncoderReplica:
 
         async def batch(units: list[Unit]) -> list[UnitReply | Exception]:
             with self._load.computing(express, sum(unit.packed.tokens for unit in units)):
-                return await self._forward(self._threads[express], units)
+                return await self._forward(express, units)
 
         batch.__name__ = "express_batch" if express else "bulk_batch"  # Serve's metrics go by it
         run: Run = serve.batch(max_batch_size=MAX_UNITS_AT_A_REPLICA, batch_wait_timeout_s=0)(batch)
         return run
 
-    async def _forward(self, thread: ThreadPoolExecutor, units: list[Unit]) -> list[UnitReply | Exception]:
+    async def _forward(self, express: bool, units: list[Unit]) -> list[UnitReply | Exception]:
         """One batch. Exceptions are returned, not raised: a raised one would fail every unit of the batch."""
-        return await asyncio.get_running_loop().run_in_executor(thread, encode_units, self._encoder.encode, units)
+        started_s, thread = time.perf_counter(), self._threads[express]
+        replies = await asyncio.get_running_loop().run_in_executor(thread, encode_units, self._encoder.encode, units)
+        self._count(express, Packed.join([unit.packed for unit in units]), time.perf_counter() - started_s)
+        return replies
+
+    def _count(self, express: bool, packed: Packed, seconds: float) -> None:
+        metrics, card = self._metrics, self._encoder.card
+        labels = card.name, lane_name(express)
+        texts, computed = len(packed.lengths), self._encoder.computed_tokens(packed)
+        metrics.batch_seconds.observe(seconds, *labels)
+        metrics.batch_fill_ratio.observe(packed.tokens / card.unit_tokens, *labels)
+        metrics.batch_texts.observe(texts, *labels)
+        metrics.computed_tokens.add(*labels, by=computed)
+        metrics.padding_saved_tokens.add(*labels, by=max(0, texts * int(packed.lengths.max()) - computed))
+
+    def _measure(self) -> None:
+        if memory := self._encoder.gpu_memory():
+            labels = (self._encoder.card.name,)
+            self._metrics.gpu_memory_allocated_bytes.show({labels: memory.allocated})
+            self._metrics.gpu_memory_reserved_bytes.show({labels: memory.reserved})
 
 
 def _give_way() -> None:

@@ -16,8 +16,10 @@ from serve_app import demo
 from serve_app.accounts import Accounts
 from serve_app.api import build_app
 from serve_app.books import Books
+from serve_app.core.metrics import IngressMetrics
 from serve_app.core.settings import IngressSettings
 from serve_app.deployments.idempotency import Clerks
+from serve_app.deployments.metrics import Exporter
 from serve_app.deployments.models import LiveModels
 from serve_app.deployments.nodes import check_nodes
 from serve_app.service import Service
@@ -31,6 +33,7 @@ class IngressReplica:
 
     def __init__(self, settings: IngressSettings) -> None:
         self._settings = settings
+        self._metrics = IngressMetrics()
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve calls this once, on the replica's event loop, and serves what it returns."""
@@ -41,18 +44,21 @@ class IngressReplica:
         if is_local(settings.store):
             await demo.make(store, demo.key_path(settings.store), now_ms=_now_ms())
         models = LiveModels(
+            self._metrics,
             max_pending_tokens=settings.max_pending_tokens,
             max_workspace_tokens=settings.max_workspace_tokens,
             load_wait_s=settings.load_wait_s,
         )
         service = self.service(models, store)
+        exporter = Exporter(self._metrics, models.measure)
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             await models.start()
-            watch = asyncio.create_task(models.watch())
+            tasks = [asyncio.create_task(models.watch()), asyncio.create_task(exporter.run())]
             yield
-            watch.cancel()
+            for task in tasks:
+                task.cancel()
             await service.close()
             await store.close()
 
@@ -61,6 +67,7 @@ class IngressReplica:
             max_body_bytes=settings.max_body_bytes,
             cors_origins=settings.cors_origins,
             lifespan=lifespan,
+            metrics=self._metrics,
         )
         return _without_request_id(app)
 
@@ -71,7 +78,7 @@ class IngressReplica:
             models,
             Accounts(store, now_ms=_now_ms, patience_s=settings.patience_s),
             Throttle(store, settings.limits),
-            Books(store, Clerks(), Blobs(Path(settings.blobs)), settings),
+            Books(store, Clerks(), Blobs(Path(settings.blobs)), settings, self._metrics),
             settings.rates,
             settings.limits,
             now_ms=_now_ms,

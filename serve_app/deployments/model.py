@@ -15,11 +15,11 @@ from typing import Any
 from ray.exceptions import RayActorError
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
-from ray.util.metrics import Counter, Gauge
 
 from serve_app.core.catalog import ModelCard, check_tokens
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound
 from serve_app.core.known import Task
+from serve_app.core.metrics import IngressMetrics
 from serve_app.core.packing import Packed, Share
 from serve_app.core.truncation import Tokenized
 from serve_app.deployments.encoder import Description, OtherFingerprint
@@ -31,12 +31,6 @@ REPLACED_S = 1.0  # after a replica of another kind has answered: the next look 
 TINY_CHARACTERS = 512  # a request this short takes at most 0.1 ms: less than the way to a thread and back
 SHORT_CHARACTERS = 4_096  # a request this short has a tokenizing thread of its own
 SLICE_CHARACTERS = 32_768  # one turn in a tokenizing thread, about 20 ms; a longer text has a thread apart
-
-
-TEXTS = Counter(
-    "serve_app_texts", "Texts that were answered: encoded, cached, or duplicate.", tag_keys=("model", "answered")
-)
-CACHE_BYTES = Gauge("serve_app_cache_bytes", "Memory of one ingress that cached vectors take.", tag_keys=("model",))
 
 
 class Threads:
@@ -114,6 +108,7 @@ class Ready:
         is_deployed: Callable[[], Awaitable[bool]],
         max_pending_tokens: int,
         max_workspace_tokens: int,
+        metrics: IngressMetrics,
     ) -> None:
         card = self.card = description.card
         self._handle = handle
@@ -121,6 +116,7 @@ class Ready:
         kind = PairTokenizer if card.task is Task.RERANK else Tokenizer
         self._tokenizer: Any = kind(description.tokenizer_json, card.max_tokens)
         self._threads = threads
+        self._metrics = metrics
         self.stale = False
         self.dispatcher = Dispatcher(
             self._send,
@@ -133,7 +129,6 @@ class Ready:
             max_workspace_tokens=max_workspace_tokens,
         )
         self._recall = Recall(self.dispatcher.encode, cache_bytes=card.cache_bytes, count=self._answered)
-        CACHE_BYTES.set(0, {"model": card.name})  # whatever its predecessor kept
 
     async def tokenize(self, texts: Sequence[str]) -> Tokenized:
         return await self._threads.tokenize(self._tokenizer, texts)
@@ -142,18 +137,19 @@ class Ready:
         return await self._threads.tokenize_pairs(self._tokenizer, self.card, query, documents, max_document_tokens)
 
     async def encode(self, packed: Packed, share: Share, *, no_store: bool) -> Encoded:
-        encoded = await self._recall.encode(packed, share, no_store=no_store)
-        if self.card.cache_bytes:
-            CACHE_BYTES.set(self._recall.bytes, {"model": self.card.name})
-        return encoded
+        return await self._recall.encode(packed, share, no_store=no_store)
+
+    @property
+    def cache_bytes(self) -> int:
+        """What cached vectors take now."""
+        return self._recall.bytes
 
     def gone(self) -> None:
         """No replica is left, not even one that drains: Serve's handle would let what is under way wait for ever."""
-        CACHE_BYTES.set(0, {"model": self.card.name})
         self.dispatcher.abandon(ModelNotFound(f"{self.card.name} is not served any more.", param="model"))
 
     def _answered(self, how: Answered, texts: int) -> None:
-        TEXTS.inc(texts, {"model": self.card.name, "answered": how.value})
+        self._metrics.texts.add(self.card.name, how.value, by=texts)
 
     async def _send(self, unit: Unit) -> UnitReply:
         """To a replica that Serve chooses. Encoding is pure: what one replica could not do, another is asked once."""

@@ -18,6 +18,7 @@ from ray.serve.schema import ApplicationStatus, ApplicationStatusOverview, Repli
 
 from serve_app.core.catalog import ModelCard, names_in
 from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, nearest, shown
+from serve_app.core.metrics import IngressMetrics, lane_name
 from serve_app.core.schema import ModelState
 from serve_app.deployments.encoder import Description
 from serve_app.deployments.model import Ready, Threads
@@ -58,8 +59,11 @@ class _Deployed:
 class LiveModels:
     """See `service.Models`. Lives in the ingress, on its event loop."""
 
-    def __init__(self, *, max_pending_tokens: int, max_workspace_tokens: int, load_wait_s: float) -> None:
+    def __init__(
+        self, metrics: IngressMetrics, *, max_pending_tokens: int, max_workspace_tokens: int, load_wait_s: float
+    ) -> None:
         """load_wait_s: what a request waits for a model that loads or sleeps."""
+        self._metrics = metrics
         self._max_pending_tokens = max_pending_tokens
         self._max_workspace_tokens = max_workspace_tokens
         self._load_wait_s = load_wait_s
@@ -127,6 +131,18 @@ class LiveModels:
             )
             for deployed in (self._apps or {}).values()
         }
+
+    def measure(self) -> None:
+        """What each model keeps and has waiting now, into the metrics."""
+        models = [deployed.model for deployed in (self._apps or {}).values() if deployed.model is not None]
+        self._metrics.cache_bytes.show({(model.card.name,): model.cache_bytes for model in models})
+        self._metrics.pending_tokens.show(
+            {
+                (model.card.name, lane_name(express)): tokens
+                for model in models
+                for express, tokens in model.dispatcher.waiting_tokens.items()
+            }
+        )
 
     async def start(self) -> None:
         """Before the first request: what is deployed, and the cards of what runs, if they come soon."""
@@ -227,6 +243,7 @@ class LiveModels:
             is_deployed=is_deployed,
             max_pending_tokens=self._max_pending_tokens,
             max_workspace_tokens=self._max_workspace_tokens,
+            metrics=self._metrics,
         )
 
     def _load_left_s(self, deployed: _Deployed) -> float:

@@ -14,7 +14,10 @@ from collections.abc import Awaitable, Callable
 from ray import serve
 from ray.serve.schema import ApplicationStatus
 
+from serve_app.balance import Balance
 from serve_app.core.catalog import ModelCard, names_in
+from serve_app.core.metrics import UsageMetrics
+from serve_app.deployments.metrics import Exporter
 from serve_app.deployments.nodes import check_nodes
 from serve_app.meter import Meter
 from serve_app.relay import Lag, Relay
@@ -24,6 +27,8 @@ from serve_app.stores import open_store
 
 DAY_MS = 24 * 3600 * 1000
 TRIM_S = 600.0
+LAG_S = 5.0
+BALANCE_S = 300.0
 
 logger = logging.getLogger(__name__)
 
@@ -35,6 +40,7 @@ class UsageReplica:
         self._settings = settings
         self._opening = asyncio.Lock()
         self._relay: Relay | None = None
+        self._metrics = UsageMetrics()
         self._tasks: list[asyncio.Task[None]] = []
 
     async def check_health(self) -> None:
@@ -56,6 +62,7 @@ class UsageReplica:
         sinks = {sink.name: open_sink(sink, source=self._settings.source) for sink in self._settings.sinks}
         relay = self._relay = Relay(store, sinks, now_ms=_now_ms, sleep=asyncio.sleep)
         meter, reserved = Meter(store, self._settings.rates), Reserved()
+        balance = Balance(store, now_ms=_now_ms)
         keep_ms = int(self._settings.keep_days * DAY_MS)
 
         async def look() -> None:
@@ -64,10 +71,21 @@ class UsageReplica:
         async def trim() -> None:
             await relay.trim(keep_ms)
 
+        async def measure_lag() -> None:
+            lags = await relay.lag()
+            self._metrics.sink_lag_events.show({(sink,): lag.events for sink, lag in lags.items()})
+            self._metrics.sink_lag_seconds.show({(sink,): lag.since_s for sink, lag in lags.items()})
+
+        async def weigh() -> None:
+            self._metrics.ledger_difference_events.show({(): await balance.difference()})
+
         self._tasks = [
             asyncio.create_task(relay.run()),
             asyncio.create_task(_for_ever(look, every_s=self._settings.meter_s)),
             asyncio.create_task(_for_ever(trim, every_s=TRIM_S)),
+            asyncio.create_task(_for_ever(measure_lag, every_s=LAG_S)),
+            asyncio.create_task(_for_ever(weigh, every_s=BALANCE_S)),
+            asyncio.create_task(Exporter(self._metrics, lambda: None).run()),
         ]
 
 

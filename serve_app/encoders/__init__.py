@@ -6,6 +6,7 @@ elsewhere. `packed.py` is the padding-free one; what cannot take it falls back t
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -23,6 +24,14 @@ def logits_apart(found: Vectors, expected: Vectors) -> float:
     return float(np.abs(np.log(one / (1 - one)) - np.log(other / (1 - other))).max())
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class GpuMemory:
+    """Bytes: what tensors take, and what PyTorch holds for more of them."""
+
+    allocated: int
+    reserved: int
+
+
 class Encoder(Protocol):
     @property
     def card(self) -> ModelCard: ...
@@ -35,6 +44,14 @@ class Encoder(Protocol):
     @property
     def weights(self) -> dict[str, str]:
         """SHA-256 of each weight file, by its path."""
+        ...
+
+    def computed_tokens(self, packed: Packed) -> int:
+        """What `encode` computes of it: its tokens, and those that are padding."""
+        ...
+
+    def gpu_memory(self) -> GpuMemory | None:
+        """Of this process, on its GPU; None on a CPU."""
         ...
 
     def encode(self, packed: Packed) -> Vectors:

@@ -12,9 +12,8 @@ import logging
 import os
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeAlias, cast
+from typing import Any, Protocol, TypeAlias, cast
 
 import numpy as np
 import torch
@@ -26,7 +25,7 @@ from serve_app.core.catalog import ModelCard, ModelSpec, Source
 from serve_app.core.known import Task
 from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
-from serve_app.encoders import SAME_LOGIT, bert, logits_apart, manifest
+from serve_app.encoders import SAME_LOGIT, GpuMemory, bert, logits_apart, manifest
 from serve_app.encoders.linear import can_prepack, prepack
 from serve_app.encoders.packed import ATTENTION, PackedForward, first_position, rows_for
 from serve_app.encoders.padded import PaddedForward
@@ -41,8 +40,13 @@ ONE_THREAD_TOKENS = 256  # up to here a second thread costs more CPU than it sav
 PROBE_LENGTHS = (4, 19, 150, 5, 500, 33)  # tokens
 AGREES = 0.999  # cosine of packed to padded in the model's own dtype; bfloat16 alone makes them differ by about 1e-4
 
-Forward = Callable[[Packed], Vectors]
 Model: TypeAlias = Any  # a SentenceTransformer or a Reranker: modules, the first of them the transformer
+
+
+class Forward(Protocol):
+    def __call__(self, packed: Packed) -> Vectors: ...
+
+    def computed_tokens(self, packed: Packed) -> int: ...
 
 
 class LoadedEncoder:
@@ -67,6 +71,14 @@ class LoadedEncoder:
         self._alone = alone
         self._calls = 0  # under way
         self._counting = threading.Lock()
+
+    def computed_tokens(self, packed: Packed) -> int:
+        return self._forward.computed_tokens(packed)
+
+    def gpu_memory(self) -> GpuMemory | None:
+        if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+            return None
+        return GpuMemory(allocated=torch.cuda.memory_allocated(), reserved=torch.cuda.memory_reserved())
 
     def encode(self, packed: Packed) -> Vectors:
         with self._counting:

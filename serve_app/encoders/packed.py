@@ -140,7 +140,7 @@ class PackedForward:
         lengths = packed.lengths[order]
         starts = np.concatenate(([0], np.cumsum(packed.lengths)[:-1]))[order]
         total = int(lengths.sum())
-        rows = rows_for(total) if self._fixed_rows else total
+        rows = self.computed_tokens(packed)
         offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         chosen = np.repeat(starts, lengths) + offsets
         ids, positions, types = np.zeros((3, 1, rows), np.int64)
@@ -160,6 +160,10 @@ class PackedForward:
         vectors = np.empty(pooled.shape, np.float32)
         vectors[order] = pooled.cpu().numpy()
         return vectors
+
+    def computed_tokens(self, packed: Packed) -> int:
+        """By the linear layers; attention pads a little more."""
+        return rows_for(packed.tokens) if self._fixed_rows else packed.tokens
 
     def _through(self, tokens: Tokens) -> torch.Tensor:
         """[rows, width]: the last hidden states."""

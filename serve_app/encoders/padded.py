@@ -35,6 +35,11 @@ class PaddedForward:
             rows.update(zip(batch.tolist(), vectors, strict=True))
         return np.stack([rows[index].numpy() for index in range(len(sequences))])
 
+    def computed_tokens(self, packed: Packed) -> int:
+        lengths = np.sort(packed.lengths)
+        batches = [lengths[first : first + self._batch] for first in range(0, len(lengths), self._batch)]
+        return sum(len(batch) * int(batch[-1]) for batch in batches)
+
     def _forward(self, sequences: list[Row], types: list[Row] | None) -> torch.Tensor:
         longest = max(map(len, sequences))
         ids = np.full((len(sequences), longest), self._padding, np.int64)

@@ -36,6 +36,9 @@ class FakeEncoder:
         self.poison = poison
         self.calls: list[list[int]] = []
 
+    def computed_tokens(self, packed: Packed) -> int:
+        return -(-packed.tokens // 8) * 8
+
     def encode(self, packed: Packed) -> Vectors:
         firsts = packed.ids[np.cumsum(packed.lengths) - packed.lengths]
         self.calls.append(firsts.tolist())
@@ -151,12 +154,31 @@ async def test_a_short_request_is_computed_while_a_bulk_batch_runs(monkeypatch: 
 
     monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: Slow())
     replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
-    bulk = asyncio.create_task(replica._forward(replica._threads[False], [unit([1, 2, 3])]))
-    (express,) = await replica._forward(replica._threads[True], [unit([4])])
+    bulk = asyncio.create_task(replica._forward(False, [unit([1, 2, 3])]))
+    (express,) = await replica._forward(True, [unit([4])])
     assert rows(express) == [4]
     assert not bulk.done()
     bulk_may_end.set()
     assert [rows(reply) for reply in await bulk] == [[1, 2, 3]]
+
+
+async def test_a_batch_is_counted_with_what_a_padded_one_would_have_computed_more(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    encoder = FakeEncoder()
+    encoder.card = CARD  # type: ignore[attr-defined]
+    monkeypatch.setattr("serve_app.deployments.encoder.open_encoder", lambda spec: encoder)
+    replica = EncoderReplica(ModelSpec.model_validate(ENTRY))
+    await replica._forward(False, [unit([1, 2], tokens=3), unit([3], tokens=20)])
+    found = {
+        (series.name, labels): value for metric in replica._metrics.all() for series, labels, value in metric.take()
+    }
+    bulk = (CARD.name, "bulk")
+    assert found["serve_app_computed_tokens", bulk] == 32, "26, and what the encoder pads to"
+    assert found["serve_app_padding_saved_tokens", bulk] == 3 * 20 - 32
+    assert found["serve_app_batch_texts_sum", bulk] == 3
+    assert found["serve_app_batch_fill_ratio_sum", bulk] == 26 / CARD.unit_tokens
+    assert found["serve_app_batch_seconds_count", bulk] == 1
 
 
 def test_bulk_work_gives_way_to_everything_else(monkeypatch: pytest.MonkeyPatch) -> None:

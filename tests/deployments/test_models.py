@@ -20,8 +20,8 @@ from ray.serve.schema import (
 
 from serve_app.core.catalog import ModelCard, ModelSpec, SizeClass, deployment_name
 from serve_app.core.errors import AtCapacity, InternalError, ModelLoading, ModelNotFound, ServiceError
+from serve_app.core.metrics import IngressMetrics
 from serve_app.core.packing import ALONE, Packed
-from serve_app.deployments import model as models
 from serve_app.deployments.encoder import Description, OtherFingerprint
 from serve_app.deployments.model import Ready, Threads
 from serve_app.deployments.models import LiveModels
@@ -91,7 +91,7 @@ def handle(monkeypatch: pytest.MonkeyPatch) -> Handle:
 
 @pytest.fixture
 def live(handle: Handle) -> LiveModels:
-    return LiveModels(max_pending_tokens=1000, max_workspace_tokens=1000, load_wait_s=10.0)
+    return LiveModels(IngressMetrics(), max_pending_tokens=1000, max_workspace_tokens=1000, load_wait_s=10.0)
 
 
 async def learn(live: LiveModels, **apps: ApplicationStatusOverview) -> None:
@@ -272,7 +272,13 @@ def ready(handle: Handle, *, deployed: bool) -> Ready:
     description = Description(card=CARD, tokenizer_json=bundled_tokenizer_json())
     stand_in = cast(DeploymentHandle, handle)
     return Ready(
-        stand_in, description, Threads(), is_deployed=is_deployed, max_pending_tokens=1000, max_workspace_tokens=1000
+        stand_in,
+        description,
+        Threads(),
+        is_deployed=is_deployed,
+        max_pending_tokens=1000,
+        max_workspace_tokens=1000,
+        metrics=IngressMetrics(),
     )
 
 
@@ -298,32 +304,31 @@ async def test_what_a_replica_could_not_do_has_its_own_answer(
 
 
 async def test_what_a_model_keeps_is_told_and_is_nothing_once_it_goes_or_is_replaced(
-    live: LiveModels, handle: Handle, monkeypatch: pytest.MonkeyPatch
+    live: LiveModels, handle: Handle
 ) -> None:
-    class Told:
-        bytes = -1
-
-        def set(self, value: int, tags: dict[str, str]) -> None:
-            assert tags == {"model": CARD.name}
-            self.bytes = value
+    def told() -> dict[tuple[str, ...], float]:
+        live.measure()
+        return {labels: value for _, labels, value in live._metrics.cache_bytes.take()}
 
     async def answered(unit: Unit) -> UnitReply:
         return UnitReply(vectors=np.ones((len(unit.packed.lengths), 4), np.float32), compute_s=0.0)
 
-    told = Told()
-    monkeypatch.setattr(models, "CACHE_BYTES", told)
     handle.card = replace(CARD, cache_bytes=10_000)
     await learn(live, a=app(RUNNING, 1))
-    assert told.bytes == 0
+    assert told() == {(CARD.name,): 0}
     model = live.resolve("small")
     assert isinstance(model, Ready)
     model.dispatcher._send = answered
     await model.encode((await model.tokenize(["hello", "there"])).packed, ALONE, no_store=False)
-    assert told.bytes == 2 * (4 * 4 + ENTRY_BYTES)
+    assert told() == {(CARD.name,): 2 * (4 * 4 + ENTRY_BYTES)}
     handle.card = replace(CARD, cache_bytes=20_000)
     await learn(live, a=app(RUNNING, 1, at=2.0))
-    assert live.resolve("small") is not model
-    assert told.bytes == 0
-    told.bytes = -1
+    successor = live.resolve("small")
+    assert isinstance(successor, Ready)
+    assert successor is not model
+    assert told() == {(CARD.name,): 0}
+    successor.dispatcher._send = answered
+    await successor.encode((await model.tokenize(["hello"])).packed, ALONE, no_store=False)
+    assert told() == {(CARD.name,): 4 * 4 + ENTRY_BYTES}
     live.learn(status())
-    assert told.bytes == 0
+    assert told() == {(CARD.name,): 0}

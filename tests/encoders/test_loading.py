@@ -8,7 +8,7 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -21,7 +21,7 @@ from serve_app.core.packing import Packed
 from serve_app.core.prompts import Prompts
 from serve_app.core.vectors import Vectors
 from serve_app.encoders import Encoder, open_encoder, sources
-from serve_app.encoders.loading import LoadedEncoder, choose_dtype
+from serve_app.encoders.loading import Forward, LoadedEncoder, choose_dtype
 from serve_app.encoders.tokenizer import Tokenizer
 from tests.checkpoints import make_checkpoint, reference, set_pooling
 
@@ -65,7 +65,7 @@ def copied(checkpoint: Path, folder: Path) -> Path:
 
 
 def encoder_of(forward: Callable[[Packed], Vectors], threads: int = 1) -> LoadedEncoder:
-    return LoadedEncoder(card=CARD, tokenizer_json="{}", weights={}, forward=forward, threads=threads)
+    return LoadedEncoder(card=CARD, tokenizer_json="{}", weights={}, forward=cast(Forward, forward), threads=threads)
 
 
 def four_numbers(packed: Packed) -> Vectors:

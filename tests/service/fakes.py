@@ -29,6 +29,7 @@ from serve_app.core.errors import ModelLoading, ModelNotFound, did_you_mean, nea
 from serve_app.core.idempotency import Begin, ClaimStep, Outcome
 from serve_app.core.keys import ApiKey, Plan, Workspace
 from serve_app.core.known import Task
+from serve_app.core.metrics import IngressMetrics
 from serve_app.core.packing import Packed, Share
 from serve_app.core.schema import ModelState
 from serve_app.core.settings import IngressSettings
@@ -265,6 +266,7 @@ def service_over(
     blobs: Path | None = None,
     clock: Clock = now_ms,
     hold_s: float = 0.0,
+    metrics: IngressMetrics | None = None,
     **settings: Any,
 ) -> Service:
     """A service on real books. settings: of the ingress."""
@@ -276,7 +278,7 @@ def service_over(
         models,
         Accounts(store, now_ms=clock, patience_s=chosen.patience_s),
         Throttle(store, chosen.limits, now_us=lambda: 1000.0 * clock(), hold_s=hold_s),
-        Books(store, clerk or DeskClerk(store), Blobs(folder), chosen),
+        Books(store, clerk or DeskClerk(store), Blobs(folder), chosen, metrics or IngressMetrics()),
         chosen.rates,
         chosen.limits,
         now_ms=clock,

@@ -18,11 +18,11 @@ def tables(runs: Sequence[Run]) -> str:
     rounds = max(run.round for run in runs)
     parts = [
         f"Bulk: {BATCH} texts a request, {CONCURRENCY} at once. Median (lowest-highest) of {rounds} rounds.",
-        _table(_bulk_rows(runs)),
+        table(_bulk_rows(runs)),
         "Single short queries, always so many in flight.",
-        _table(_single_rows(runs)),
+        table(_single_rows(runs)),
         f"Fairness: single short queries arriving at {SINGLES_PER_S:g} a second, alone and beside bulk passages.",
-        _table(_fairness_rows(runs)),
+        table(_fairness_rows(runs)),
         "p50, p99: of all rounds together (lowest-highest of a round). client: its share of the machine; "
         "foreign: the most cores that anything else used.",
         *warnings(runs),
@@ -66,14 +66,14 @@ def _bulk_rows(runs: Sequence[Run]) -> list[list[str]]:
                 workload,
                 f"{bare[0].texts}",
                 f"{bare[0].tokens / bare[0].texts:.1f}",
-                _spread((run.texts_per_s for run in served), "{:.0f}"),
-                _spread((run.texts_per_s for run in bare), "{:.0f}"),
-                _spread(ratios, "{:.2f}"),
-                _spread((_server_ms(run) for run in served), "{:.2f}"),
-                _spread((1000 * run.ceiling_cpu_s / run.texts for run in bare), "{:.2f}"),
-                _client(served),
-                _foreign([*served, *bare]),
-                _spread((_server_cores(run) for run in bare), "{:.2f}"),
+                spread((run.texts_per_s for run in served), "{:.0f}"),
+                spread((run.texts_per_s for run in bare), "{:.0f}"),
+                spread(ratios, "{:.2f}"),
+                spread((server_ms(run) for run in served), "{:.2f}"),
+                spread((1000 * run.ceiling_cpu_s / run.texts for run in bare), "{:.2f}"),
+                client_share(served),
+                foreign([*served, *bare]),
+                spread((_server_cores(run) for run in bare), "{:.2f}"),
             ]
         )
     return rows
@@ -87,11 +87,11 @@ def _single_rows(runs: Sequence[Run]) -> list[list[str]]:
             [
                 f"{in_flight}",
                 f"{sum(run.texts for run in mine)}",
-                _spread((run.texts_per_s for run in mine), "{:.0f}"),
-                *_latency(mine),
-                _spread((_server_ms(run) for run in mine), "{:.2f}"),
-                _client(mine),
-                _foreign(mine),
+                spread((run.texts_per_s for run in mine), "{:.0f}"),
+                *latency(mine),
+                spread((server_ms(run) for run in mine), "{:.2f}"),
+                client_share(mine),
+                foreign(mine),
             ]
         )
     return rows
@@ -105,10 +105,10 @@ def _fairness_rows(runs: Sequence[Run]) -> list[list[str]]:
             [
                 what.removeprefix("singles "),
                 f"{sum(run.texts for run in mine)}",
-                *_latency(mine),
-                _spread((run.texts_per_s for run in bulk), "{:.0f}") if bulk else UNKNOWN,
-                _client(mine),
-                _foreign(mine),
+                *latency(mine),
+                spread((run.texts_per_s for run in bulk), "{:.0f}") if bulk else UNKNOWN,
+                client_share(mine),
+                foreign(mine),
             ]
         )
     return rows
@@ -118,7 +118,8 @@ def _select(runs: Sequence[Run], what: str, workload: str | None = None) -> list
     return [run for run in runs if run.what == what and workload in (None, run.workload)]
 
 
-def _server_ms(run: Run) -> float | None:
+def server_ms(run: Run) -> float | None:
+    """CPU of all the server's processes for a text; None if nobody said which they are."""
     return None if run.usage.server_s is None else 1000 * run.usage.server_s / run.texts
 
 
@@ -126,23 +127,26 @@ def _server_cores(run: Run) -> float | None:
     return None if run.usage.server_s is None else run.usage.server_s / run.usage.wall_s
 
 
-def _latency(runs: Sequence[Run]) -> list[str]:
+def latency(runs: Sequence[Run]) -> list[str]:
+    """p50 and p99, in ms: of all rounds together, with the range of the rounds."""
     together = [latency_s for run in runs for latency_s in run.latencies_s]
     return [
-        _spread((percentile_ms(run.latencies_s, percent) for run in runs), "{:.1f}", percentile_ms(together, percent))
+        spread((percentile_ms(run.latencies_s, percent) for run in runs), "{:.1f}", percentile_ms(together, percent))
         for percent in (50, 99)
     ]
 
 
-def _client(runs: Sequence[Run]) -> str:
+def client_share(runs: Sequence[Run]) -> str:
+    """Of the whole machine."""
     return f"{median(run.usage.client_share for run in runs):.1%}"
 
 
-def _foreign(runs: Sequence[Run]) -> str:
-    return _spread((run.usage.foreign_cores for run in runs), "{:.2f}", choose=max)
+def foreign(runs: Sequence[Run]) -> str:
+    """The most cores that anything else used."""
+    return spread((run.usage.foreign_cores for run in runs), "{:.2f}", choose=max)
 
 
-def _spread(
+def spread(
     values: Iterable[float | None],
     form: str,
     middle: float | None = None,
@@ -159,7 +163,8 @@ def _spread(
     return f"{text} ({form.format(min(known))}-{form.format(max(known))})"
 
 
-def _table(rows: list[list[str]]) -> str:
+def table(rows: list[list[str]]) -> str:
+    """Columns as wide as they must be; the first row is the heading."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.rjust(width) if index else cell.ljust(width) for index, (cell, width) in enumerate(line))

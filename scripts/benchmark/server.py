@@ -76,6 +76,10 @@ class Server:
         self._seen.update(found.values())
         return list(found.values())
 
+    def readiness(self) -> tuple[int, dict[str, Any]]:
+        """Status and body of `GET /ready`. Raises OSError or ValueError while nobody answers."""
+        return _get(f"{self.url}/ready")
+
     def wait_until_ready(self) -> None:
         """Every model answered its self-test. Raises BenchError with the end of the server's log."""
         until_s = time.monotonic() + START_S
@@ -83,7 +87,7 @@ class Server:
             if self._driver.poll() is not None:
                 raise BenchError(f"serve run ended with {self._driver.returncode}:\n{self._log_tail()}")
             with contextlib.suppress(OSError, ValueError):
-                status, answer = _get(f"{self.url}/ready")
+                status, answer = self.readiness()
                 if status == 200:
                     return
                 if failed := [id for id, model in answer.get("models", {}).items() if model["state"] == "failed"]:

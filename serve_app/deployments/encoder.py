@@ -61,8 +61,13 @@ class EncoderReplica:
 
     def __init__(self, spec: ModelSpec) -> None:
         sys.setswitchinterval(SWITCH_S)
+        _log_where_serve_does()
+        started_s = time.perf_counter()
         self._encoder: Encoder = open_encoder(spec)
+        opened_s = time.perf_counter()
         self_test.hold(spec, self._encoder)
+        held_s = time.perf_counter() - opened_s
+        logger.info("%s: opened in %.2f s, self-test held in %.2f s", spec.id, opened_s - started_s, held_s)
         self._metrics = EncoderMetrics()
         self._exporter = Exporter(self._metrics, self._measure)
         self._telling: asyncio.Task[None] | None = None
@@ -139,6 +144,14 @@ class EncoderReplica:
             labels = (self._encoder.card.name,)
             self._metrics.gpu_memory_allocated_bytes.show({labels: memory.allocated})
             self._metrics.gpu_memory_reserved_bytes.show({labels: memory.reserved})
+
+
+def _log_where_serve_does() -> None:
+    """Serve gives handlers to its own logger alone: what this package says at INFO would go nowhere."""
+    package = logging.getLogger("serve_app")
+    package.setLevel(logging.INFO)
+    for handler in logging.getLogger("ray.serve").handlers:
+        package.addHandler(handler)
 
 
 def _give_way() -> None:

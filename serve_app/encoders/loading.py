@@ -116,6 +116,7 @@ def load(spec: ModelSpec) -> LoadedEncoder:
     model = _open(spec, folder, device, dtype)
     tokenizer_json = model.tokenizer.backend_tokenizer.to_str()
     weights = manifest.hashes(folder)
+    read_s = time.perf_counter()
     card = _card(spec, folder, weights, model, tokenizer_json)
     if spec.task is Task.EMBED:
         model.append(Normalize())
@@ -130,7 +131,14 @@ def load(spec: ModelSpec) -> LoadedEncoder:
         alone=spec.deterministic,
     )
     _warm_up(encoder, fixed_rows=device == "cpu")
-    logger.info("%s: loaded in %.1f s, %s on %s", spec.id, time.perf_counter() - started_s, card.dtype, device)
+    logger.info(
+        "%s: files read in %.2f s, checked and warm in %.2f s, %s on %s",
+        spec.id,
+        read_s - started_s,
+        time.perf_counter() - read_s,
+        card.dtype,
+        device,
+    )
     return encoder
 
 

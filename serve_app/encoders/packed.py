@@ -1,8 +1,8 @@
 """The padding-free forward: all linear layers run over the tokens of a batch end to end, only attention sees bounds.
 
-It plugs into transformers' attention registry under its own name; inside attention, sequences are padded to the next
-multiple of 16, so that a batch of mixed lengths is a handful of matrix products. Pooling and what follows it are the
-model's own modules, run over the same buckets.
+It plugs into transformers' attention registry under its own name: on a GPU that is one kernel (`varlen.py`); elsewhere
+sequences are padded to the next multiple of 16, so that a batch of mixed lengths is a handful of matrix products.
+Pooling and what follows it are the model's own modules, run over such buckets.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from transformers.masking_utils import AttentionMaskInterface
 
 from serve_app.core.packing import Packed, runs
 from serve_app.core.vectors import Vectors
+from serve_app.encoders import varlen
 from serve_app.encoders.linear import fix_rows
 
 ATTENTION = "packed"
@@ -66,6 +67,7 @@ def packed_attention(
     mask: None,
     *,
     buckets: list[Bucket],
+    bounds: varlen.Bounds | None,
     scaling: float | None = None,
     sliding_window: int | None = None,
     **_: Any,
@@ -75,6 +77,9 @@ def packed_attention(
     causal = is_causal(module)
     if sliding_window is not None and not causal and getattr(module, "is_causal", False):
         sliding_window += 1  # of a decoder made an encoder transformers counts the window's last token in
+    if bounds is not None and varlen.fits(rows[0], rows[1], sliding_window):
+        attended = varlen.attend(rows[0], rows[1], rows[2], bounds, causal=causal, window=sliding_window, scale=scaling)
+        return attended[None], None
     context = torch.zeros_like(rows[0])
     for bucket in buckets:
         q, k, v = (x[bucket.index].transpose(1, 2) for x in rows)
@@ -112,6 +117,7 @@ class Tokens:
     types: torch.Tensor | None  # of pairs alone
     lengths: Sequence[int]  # of the sequences; rows behind them are padding
     buckets: Sequence[Bucket]
+    bounds: varlen.Bounds | None  # where one kernel may attend to all of them
 
 
 class PackedForward:
@@ -143,17 +149,19 @@ class PackedForward:
         rows = self.computed_tokens(packed)
         offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         chosen = np.repeat(starts, lengths) + offsets
-        ids, positions, types = np.zeros((3, 1, rows), np.int64)
-        ids[0, :total] = packed.ids[chosen]
-        positions[0, :total] = self._positions(ids[0, :total], lengths, offsets)
+        columns = np.zeros((3, 1, rows), np.int64)
+        columns[0, 0, :total] = packed.ids[chosen]
+        columns[1, 0, :total] = self._positions(columns[0, 0, :total], lengths, offsets)
         if packed.firsts is not None:
-            types[0, :total] = packed.types()[chosen]
+            columns[2, 0, :total] = packed.types()[chosen]
+        ids, positions, types = self._tensor(columns)
         tokens = Tokens(
-            ids=self._tensor(ids),
-            positions=self._tensor(positions) + self._first_position,
-            types=None if packed.firsts is None else self._tensor(types),
+            ids=ids,
+            positions=positions + self._first_position,
+            types=None if packed.firsts is None else types,
             lengths=lengths.tolist(),
             buckets=self._buckets(lengths),
+            bounds=self._bounds(lengths),
         )
         hidden = self._through(tokens)
         pooled = torch.cat([self._pool(hidden, bucket) for bucket in tokens.buckets])
@@ -172,6 +180,7 @@ class PackedForward:
             position_ids=tokens.positions,
             attention_mask=None,
             buckets=tokens.buckets,
+            bounds=tokens.bounds,
             **({} if tokens.types is None else {"token_type_ids": tokens.types}),
         ).last_hidden_state[0]
         return hidden
@@ -188,18 +197,30 @@ class PackedForward:
         return np.where(padding, -1, offsets - (skipped - before))
 
     def _buckets(self, lengths: np.ndarray[Any, np.dtype[np.int32]]) -> list[Bucket]:
-        buckets, start = [], 0
+        places, indexes, masks, start = [], [], [], 0
         for first, count in runs(lengths.tolist(), BUCKET):
             mine = lengths[first : first + count]
             widest = math.ceil(mine.max() / BUCKET) * BUCKET if self._deterministic else mine.max()
             tokens, column = int(mine.sum()), np.arange(widest)
             real = column < mine[:, None]
-            index = start + (np.cumsum(mine) - mine)[:, None] + np.where(real, column, 0)
-            # A bucket that happens to be full has a mask, too, if bits count: without one another kernel may be chosen.
-            mask = None if real.all() and not self._deterministic else self._tensor(real)
-            buckets.append(Bucket(start, tokens, self._tensor(index), mask))
+            places.append((start, tokens))
+            indexes.append(start + (np.cumsum(mine) - mine)[:, None] + np.where(real, column, 0))
+            masks.append(real)
             start += tokens
-        return buckets
+        # A bucket that happens to be full has a mask, too, if bits count: without one another kernel may be chosen.
+        return [
+            Bucket(start, tokens, index, None if real.all() and not self._deterministic else mask)
+            for (start, tokens), index, real, mask in zip(
+                places, self._tensors(indexes), masks, self._tensors(masks), strict=True
+            )
+        ]
+
+    def _bounds(self, lengths: np.ndarray[Any, np.dtype[np.int32]]) -> varlen.Bounds | None:
+        """None where the row is padded, or where bits count: how a kernel cuts a sequence may depend on the others."""
+        if self._fixed_rows or self._deterministic:
+            return None
+        starts = np.concatenate(([0], np.cumsum(lengths))).astype(np.int32)
+        return varlen.Bounds(self._tensor(starts), int(lengths.max()))
 
     def _pool(self, hidden: torch.Tensor, bucket: Bucket) -> torch.Tensor:
         """The model's own pooling or score, and what follows it, in float32."""
@@ -210,8 +231,17 @@ class PackedForward:
             features = module(features)
         return features["sentence_embedding"]
 
+    def _tensors(self, arrays: Sequence[np.ndarray[Any, Any]]) -> list[torch.Tensor]:
+        """In one copy."""
+        flat = self._tensor(np.concatenate([array.ravel() for array in arrays]))
+        parts = torch.split(flat, [array.size for array in arrays])
+        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
+
     def _tensor(self, array: np.ndarray[Any, Any]) -> torch.Tensor:
-        return torch.from_numpy(array).to(self._device, non_blocking=True)
+        tensor = torch.from_numpy(array)
+        if self._device.type == "cuda":
+            tensor = tensor.pin_memory()  # or the copy waits for all that the GPU still has to do
+        return tensor.to(self._device, non_blocking=True)
 
 
 def first_position(transformer: torch.nn.Module) -> int:

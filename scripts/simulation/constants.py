@@ -57,9 +57,9 @@ class Constants:
 
     # an ingress
     ingress_ms: float = _measured(1.0, "CPU ms/request", _BY_PROCESS + ", calls left out")
-    tokenize_us: float = _measured(2.2, "CPU us/token", _HERE)
-    render_us: float = _measured(4.0, "CPU us/vector", _HERE)
-    pack_us: float = _measured(12.0, "CPU us/request, in ingress_ms", _HERE)
+    tokenize_us: float = _measured(2.8, "CPU us/token", _HERE)
+    render_us: float = _measured(11.0, "CPU us/vector", _HERE)
+    pack_us: float = _measured(9.0, "CPU us/request, part of ingress_ms", _HERE)
     status_ms: float = _measured(25.0, "CPU ms/call of serve.status()", "an idle ingress: 2.5 % of a core, a call a second")
     # a call of Ray Serve, a unit each
     hop_ms: float = _measured(2.0, "CPU ms/call and side", _BY_PROCESS)
@@ -69,12 +69,13 @@ class Constants:
     haproxy_threads: float = _assumed(8, "threads of a HAProxy", "one HAProxy a node, nbthread of the operator's")
     wire_ms: float = _assumed(0.1, "ms, one way", "two hosts of one data centre")
     settle_ms: float = _measured(0.8, "ms", "`scripts/bench books`: p50 of a lone request, Redis against no bills")
+    spread: float = _assumed(0.3, "sigma of a burst's time", "lognormal; README: at 32 in flight p99 is 1.4 times p50")
     # a GPU
     gpu_tokens: float = _published(1.6e6, "tokens/s", "BERT-base on one H200: Snowflake's ArcticInference")
     launch_ms: float = _assumed(3.0, "ms/batch", "kernels of 12 layers, one after the other")
     # a CPU as the device, for the comparison with the measurement
-    forward_ms: float = _measured(1.0, "CPU ms/forward", "README: a lone short query against a full unit")
-    forward_us: float = _measured(93.0, "CPU us/token", "README: 1,525 short texts/s in process, on two cores")
+    forward_ms: float = _derived(3.5, "CPU ms/forward", "README and CHANGELOG: the line through the two figures below")
+    forward_us: float = _derived(90.0, "CPU us/token", "short texts/s in process: 1,231 in units of ten, 1,525 in full ones")
     client_ms: float = _measured(0.3, "CPU ms/request", "the client of `scripts/bench`, on the same cores")
     idle_cores: float = _measured(0.2, "cores", "README: an idle service")
     # stores and books
@@ -82,15 +83,17 @@ class Constants:
     redis_reads: float = _published(100_000, "GET/s", "redis-benchmark, Redis's documentation")
     desk_calls: float = _measured(1705, "calls/s of one async actor", "32 in flight, 100 bytes a call")
     event_bytes: float = _measured(690, "bytes/event in Redis", "a stream of a million events")
-    usage_us: float = _measured(30.0, "CPU us/event", _HERE + ": the jsonl sink alone")
+    record_bytes: float = _assumed(500, "bytes/kept key in Redis, beside the reply", "a hash and three entries of sets")
+    primary_gib: float = _assumed(256, "GiB of a Redis primary", "a large instance")
+    usage_us: float = _measured(39.0, "CPU us/event", _HERE + ": the jsonl sink alone")
     # Ray
     controller_ms: float = _assumed(5.0, "CPU ms/serve.status()", "a fifth of what its caller pays")
     long_polls: float = _published(15_000, "calls at once at the controller", "Ray 2.60's source")
     actors: float = _published(40_000, "actors of a cluster", "Ray's release benchmarks")
     # bytes
-    unit_bytes: float = _measured(330, "bytes of a call beside ids", _HERE)
+    unit_bytes: float = _measured(410, "bytes of a call beside ids", _HERE)
     headers: float = _assumed(700, "bytes/request, both ways", "HTTP headers and JSON around texts and vectors")
-    text_bytes: float = _measured(4.6, "bytes of text/token", "the texts of `scripts/bench`")
+    text_bytes: float = _measured(4.9, "bytes of text/token", _HERE + ": the passages of `scripts/bench`")
     dimensions: float = _published(768, "of a vector", "BERT-base")
     nic_gbit: float = _assumed(25, "Gbit/s of a node's NIC, each way", "a common instance")
     node_cores: float = _assumed(32, "cores of an ingress node", "a common instance")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import random
 from collections import deque
 from collections.abc import Callable
 
@@ -15,19 +16,27 @@ Then = Callable[[], None]
 
 
 class Clock:
-    """Seconds since the start; what happens at the same moment happens in the order it was asked for."""
+    """Seconds since the start; what happens at the same moment happens in the order it was asked for.
 
-    def __init__(self) -> None:
+    spread: sigma of a burst's time around its mean, lognormal: equal bursts would march in step, which no machine does.
+    """
+
+    def __init__(self, *, spread: float = 0.0, seed: int = 0) -> None:
         self.now_s = 0.0
+        self._spread, self._rng = spread, random.Random(f"bursts {seed}")
         self._due: list[tuple[float, int, Then]] = []
         self._numbers = itertools.count()
 
     def after(self, delay_s: float, then: Then) -> None:
         heapq.heappush(self._due, (self.now_s + delay_s, next(self._numbers), then))
 
-    def run(self, while_true: Callable[[], bool] = lambda: True) -> None:
-        """Until nothing is due any more, or the condition fails."""
-        while self._due and while_true():
+    def varied(self, seconds: float) -> float:
+        """What takes so long on average, this time."""
+        return seconds * self._rng.lognormvariate(-(self._spread**2) / 2, self._spread) if self._spread else seconds
+
+    def run(self) -> None:
+        """Until nothing is due any more."""
+        while self._due:
             self.now_s, _, then = heapq.heappop(self._due)
             then()
 
@@ -65,7 +74,7 @@ class Process:
 
     def do(self, seconds: float, then: Then) -> None:
         """Behind what it has to do already; `then` is called when it is done."""
-        self._bursts.append((seconds, then))
+        self._bursts.append((self._clock.varied(seconds), then))
         if len(self._bursts) == 1:
             self._machine.ask(self)
 

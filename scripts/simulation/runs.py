@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from serve_app.core.packing import Share
 from simulation.constants import Constants
 from simulation.load import Mix, arrivals
-from simulation.machine import Clock, Machine, Process
+from simulation.machine import Clock, Machine, Process, Then
 from simulation.slice import Flight, Ingress, Replica, Shape
 
 WARM = 0.1  # of a run
@@ -52,9 +52,9 @@ class Outcome:
         return self.arrived / self.seconds
 
     @property
-    def settles(self) -> bool:
-        """Whether nothing was busy all the time, so that what waits does not only grow."""
-        return max(self.ingress_use, self.tokenizer_use, self.replica_use, self.device_use) < 0.97
+    def cpu_use(self) -> float:
+        """Of what is busiest."""
+        return max(self.ingress_use, self.tokenizer_use, self.replica_use)
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -82,7 +82,7 @@ def closed_loop(shape: Shape, mix: Mix, costs: Constants, *, in_flight: int, sec
 class _Bench:
     def __init__(self, shape: Shape, mix: Mix, costs: Constants, seconds: float, seed: int) -> None:
         self._shape, self._mix, self._costs, self._seconds = shape, mix, costs, seconds
-        self._clock = Clock()
+        self._clock = Clock(spread=costs.spread, seed=seed)
         self._rng = random.Random(f"requests {seed}")
         shared = Machine(shape.cores) if shape.cores else None
         self._replicas = [Replica(self._clock, shape, costs, shared) for _ in range(shape.replicas)]
@@ -128,15 +128,14 @@ class _Bench:
         self._clock.run()
         return self._outcome()
 
-    def _ask(self, then: object) -> None:
+    def _ask(self, then: Then) -> None:
         number = len(self._flights)
         lengths, workspace = self._mix.request(self._rng)
 
         def answered() -> None:
             self._answered[number] += 1
             self._ended_s[number] = self._clock.now_s
-            if callable(then):
-                then()
+            then()
 
         flight = Flight(
             lengths=lengths, share=Share(workspace=workspace), came_s=self._clock.now_s, answered=answered

@@ -31,6 +31,9 @@ class Fleet:
     gpus: int
     cells: int = 1
     primaries: int = 1
+    replicas_per_gpu: int = 1
+    counted: int | None = None
+    """Replicas that an ingress counts with when it decides what may leave; None: all of its cell, as it does now."""
     desks: int = MOST_DESKS
     keys: int = 10_000
     """API keys that are in use at once."""
@@ -43,10 +46,15 @@ class Fleet:
     inline_bytes: int = INLINE_BYTES
     """Replies up to this lie in the store."""
 
+    @property
+    def replicas(self) -> int:
+        """Of a cell."""
+        return max(1, round(self.gpus * self.replicas_per_gpu / self.cells))
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Demand:
-    """On one resource. have: None for what is added as needed; serves: requests/s that what there is can take."""
+    """On one resource. have: None for what is added as needed."""
 
     resource: str
     demand: float
@@ -54,15 +62,14 @@ class Demand:
     one: float
     have: float | None
     target: float
-    requests_per_s: float
 
     @property
     def needed(self) -> int:
         return math.ceil(self.demand / self.one / self.target)
 
     @property
-    def serves(self) -> float:
-        return math.inf if self.have is None else self.requests_per_s * self.have * self.one / max(self.demand, 1e-9)
+    def saturated(self) -> bool:
+        return self.have is not None and self.demand >= self.have * self.one
 
 
 def ingress_ms(mix: Mix, costs: Constants, calls: float) -> float:
@@ -102,7 +109,9 @@ def kept_bytes(fleet: Fleet, mix: Mix, costs: Constants) -> float:
     """In all stores together, once the retention is over: events, and a day of replies."""
     short, long = 4 * costs.dimensions, 4 * costs.dimensions * mix.texts
     inline = sum(
-        part * size for part, size in ((mix.short_part, short), (1 - mix.short_part, long)) if size <= fleet.inline_bytes
+        part * size
+        for part, size in ((mix.short_part, short), (1 - mix.short_part, long))
+        if size <= fleet.inline_bytes
     )
     records = mix.keyed_part * DAY_S * (costs.record_bytes + inline)
     return fleet.requests_per_s * (costs.event_bytes * DAY_S * fleet.keep_days + records)
@@ -124,14 +133,12 @@ def demands(fleet: Fleet, mix: Mix, costs: Constants) -> Iterator[Demand]:
     cores = per_s * ingress_ms(mix, costs, fleet.calls) / 1000 + processes * costs.status_ms / 1000
 
     def row(resource: str, demand: float, unit: str, one: float, have: float | None = None, at: float = 1.0) -> Demand:
-        return Demand(
-            resource=resource, demand=demand, unit=unit, one=one, have=have, target=at, requests_per_s=per_s
-        )
+        return Demand(resource=resource, demand=demand, unit=unit, one=one, have=have, target=at)
 
-    busy = fleet.target
+    busy, replicas = fleet.target, fleet.gpus * fleet.replicas_per_gpu
     yield row("GPUs", per_s * mix.tokens, "tokens/s", costs.gpu_tokens, fleet.gpus, busy)
     replica_cores = per_s * fleet.calls * (costs.hop_ms + costs.replica_ms) / 1000
-    yield row("replica event loops", replica_cores, "cores", 1, fleet.gpus, busy)
+    yield row("replica event loops", replica_cores, "cores", 1, replicas, busy)
     yield row("ingress processes", processes * busy, "loops", 1, None, busy)
     yield row("ingress cores", cores, "cores", 1, None, busy)
     yield row("HAProxy", per_s * costs.haproxy_ms / 1000, "cores", costs.haproxy_threads, None, busy)
@@ -141,11 +148,13 @@ def demands(fleet: Fleet, mix: Mix, costs: Constants) -> Iterator[Demand]:
     yield row("Redis, its one thread", steps + reads * costs.redis_steps / costs.redis_reads, "scripts/s",
               costs.redis_steps, stores, busy)  # fmt: skip
     yield row("Redis, memory", kept_bytes(fleet, mix, costs) / GIB, "GiB", costs.primary_gib, stores, busy)
-    yield row("idempotency actors", desk_calls(fleet, mix, costs), "calls/s", costs.desk_calls, cells * fleet.desks, busy)
+    yield row(
+        "idempotency actors", desk_calls(fleet, mix, costs), "calls/s", costs.desk_calls, cells * fleet.desks, busy
+    )
     yield row("usage actor", per_s * costs.usage_us / 1e6, "cores", 1, cells, busy)
     yield row("Serve controller, status", processes * costs.controller_ms / 1000, "cores", 1, cells, busy)
-    yield row("Serve controller, long polls", 2.0 * processes + fleet.gpus, "calls", costs.long_polls, cells)
-    yield row("actors in the GCS", 1.0 * processes + fleet.gpus, "actors", costs.actors, cells)
+    yield row("Serve controller, long polls", 2.0 * processes + replicas, "calls", costs.long_polls, cells)
+    yield row("actors in the GCS", 1.0 * processes + replicas, "actors", costs.actors, cells)
 
 
 def desk_calls(fleet: Fleet, mix: Mix, costs: Constants) -> float:
@@ -156,9 +165,20 @@ def desk_calls(fleet: Fleet, mix: Mix, costs: Constants) -> float:
     return steps / min(BATCH, max(1.0, gathered))
 
 
-def first_limit(rows: list[Demand]) -> list[Demand]:
-    """What there is too little of first, first."""
-    return sorted((it for it in rows if it.have is not None), key=lambda it: it.serves)
+def limits(fleet: Fleet, mix: Mix, costs: Constants) -> dict[str, float]:
+    """Requests/s at which each resource that does not grow with the load saturates, the first one first."""
+    names = [it.resource for it in demands(fleet, mix, costs) if it.have is not None]
+    return dict(sorted(((name, _limit(name, fleet, mix, costs)) for name in names), key=lambda it: it[1]))
+
+
+def _limit(resource: str, fleet: Fleet, mix: Mix, costs: Constants) -> float:
+    low, high = 0.0, 1e12
+    for _ in range(100):
+        middle = math.sqrt(max(low, 1e-3) * high)
+        rows = demands(replace(fleet, requests_per_s=middle), mix, costs)
+        saturated = next(it.saturated for it in rows if it.resource == resource)
+        low, high = (low, middle) if saturated else (middle, high)
+    return high
 
 
 def cells_for(fleet: Fleet, mix: Mix, costs: Constants) -> Fleet:
@@ -193,7 +213,7 @@ def cost(fleet: Fleet, mix: Mix, costs: Constants) -> Cost:
     """Of what the load needs at the target, not of what the fleet happens to have."""
     need = {it.resource: it.needed for it in demands(fleet, mix, costs)}
     millions_per_hour = fleet.requests_per_s * mix.tokens * 3600 / 1e6
-    gpus = max(need["GPUs"], need["replica event loops"])
+    gpus = max(need["GPUs"], math.ceil(need["replica event loops"] / fleet.replicas_per_gpu))
     primaries = max(need["Redis, its one thread"], need["Redis, memory"], fleet.cells)
     cores = max(need["ingress cores"], need["ingress processes"]) + need["HAProxy"] * costs.haproxy_threads
     answer_bytes = costs.headers + 4 * costs.dimensions * mix.vectors * 4 / 3

@@ -6,12 +6,13 @@ import argparse
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import fields, replace
+from typing import Any, TypedDict
 
 from simulation import report
-from simulation.capacity import REDIS_CLUSTER_PRIMARIES, Fleet, cells_for, cost, demands
+from simulation.capacity import REDIS_CLUSTER_PRIMARIES, Fleet, cells_for, cost
 from simulation.constants import Constants
 from simulation.load import Mix
-from simulation.sizing import Sized, sized, sweep, two_cores, visible
+from simulation.sizing import Sized, sized, sweep, two_cores
 
 DESCRIPTION = """\
 Sizes a cluster: simulates a slice of it (some ingresses, their part of the replicas, the service's own packing queue),
@@ -20,8 +21,15 @@ published, derived or assumed; set your own with --set NAME=VALUE.
 """
 ANSWER_KEEP_DAYS = 1 / 24  # events leave the store an hour after every sink has them
 ANSWER_INLINE_BYTES = 0  # replies are files
-ANSWER_REPLICAS = 8  # a cell is at most so many
+ANSWER_GPUS = 8  # a cell has at most so many
+ANSWER_PER_GPU = 2  # replicas: an event loop of its own each
 FULL_CALLS = 1 / 16_384  # a token: as if every call held a full unit
+
+
+class Load(TypedDict):
+    burst: float
+    seconds: float
+    seed: int
 
 
 def run(arguments: Sequence[str]) -> int:
@@ -49,7 +57,7 @@ def run(arguments: Sequence[str]) -> int:
 
 
 def _report(fleet: Fleet, mix: Mix, costs: Constants, options: argparse.Namespace) -> Iterator[str]:
-    load = {"burst": options.burst, "seconds": options.seconds, "seed": options.seed}
+    load: Load = {"burst": options.burst, "seconds": options.seconds, "seed": options.seed}
     yield (
         f"{fleet.requests_per_s:,.0f} requests/s of {mix.tokens:,.0f} tokens and {mix.vectors:g} texts, "
         f"bursts of {options.burst:g}; {fleet.gpus:,} GPUs; seed {options.seed}. Constants: scripts/simulate --constants\n"
@@ -59,17 +67,20 @@ def _report(fleet: Fleet, mix: Mix, costs: Constants, options: argparse.Namespac
     yield from report.slices(rows, mix, costs)
     yield "\n" + report.hurts(rows) + "\n"
     present = rows[-1].fleet
-    limits = list(demands(present, mix, costs))
-    yield from report.table(limits, "the present design, one cluster and one Redis")
-    yield ""
-    yield from report.verdict(limits, fleet.requests_per_s)
+    yield from report.table(present, mix, costs, "the present design, one cluster and one Redis")
+    yield "\nRedis's memory is that of events kept so long and a day of replies; all else is of the moment.\n"
+    yield from report.verdict(present, mix, costs)
     answer = _answer(fleet, mix, costs, load)
     yield (
-        f"\nThe answer: {answer.fleet.cells:,} cells, each a cluster of its own with {visible(answer.fleet):,} GPUs and a "
-        f"Redis, workspaces divided among them; events trimmed an hour after delivery; replies in files. As Redis Cluster "
-        f"a cell could use {REDIS_CLUSTER_PRIMARIES} primaries at most, once the driver speaks to several.\n"
+        f"\nThe answer: {answer.fleet.cells:,} cells, each a cluster of its own with {answer.fleet.replicas:,} replicas, "
+        f"{answer.fleet.replicas_per_gpu} a GPU, and a Redis, workspaces divided among them; an "
+        f"ingress counts with its share of the replicas, not with all; events trimmed an hour after delivery; "
+        f"replies in files. The driver speaks to one primary; if it spoke Redis Cluster, a cell could use "
+        f"{REDIS_CLUSTER_PRIMARIES}, one a shard of the ledger.\n"
     )
-    yield from report.table(list(demands(answer.fleet, mix, costs)), "in cells")
+    yield from report.table(answer.fleet, mix, costs, "in cells")
+    yield ""
+    yield from report.verdict(answer.fleet, mix, costs)
     yield ""
     yield from report.slices([answer], mix, costs)
     full = replace(answer.fleet, calls=mix.tokens * FULL_CALLS)
@@ -78,14 +89,15 @@ def _report(fleet: Fleet, mix: Mix, costs: Constants, options: argparse.Namespac
     yield from report.costs_of([(name, cost(it, mix, costs)) for name, it in named])
 
 
-def _answer(fleet: Fleet, mix: Mix, costs: Constants, load: dict[str, float]) -> Sized:
-    """Cells so small that packing works and one Redis each is enough."""
+def _answer(fleet: Fleet, mix: Mix, costs: Constants, load: Load) -> Sized:
+    """Cells so small that one Redis each is enough, and ingresses that count with their share of the replicas."""
     small = replace(fleet, keep_days=ANSWER_KEEP_DAYS, inline_bytes=ANSWER_INLINE_BYTES)
-    small = replace(small, cells=max(1, -(-fleet.gpus // ANSWER_REPLICAS)), calls=0.5)
-    return sized(cells_for(small, mix, costs), mix, costs, **load)  # type: ignore[arg-type]
+    small = replace(small, cells=-(-fleet.gpus // ANSWER_GPUS), calls=0.5, replicas_per_gpu=ANSWER_PER_GPU, counted=1)
+    first = sized(cells_for(small, mix, costs), mix, costs, **load)
+    return sized(cells_for(first.fleet, mix, costs), mix, costs, **load)  # again, with the ingresses that it takes
 
 
-def _made(kind: type, options: argparse.Namespace) -> object:
+def _made(kind: Any, options: argparse.Namespace) -> Any:
     return kind(**{it.name: getattr(options, it.name) for it in fields(kind) if hasattr(options, it.name)})
 
 

@@ -59,8 +59,9 @@ class Constants:
     ingress_ms: float = _measured(1.0, "CPU ms/request", _BY_PROCESS + ", calls left out")
     tokenize_us: float = _measured(2.8, "CPU us/token", _HERE)
     render_us: float = _measured(11.0, "CPU us/vector", _HERE)
-    pack_us: float = _measured(9.0, "CPU us/request, part of ingress_ms", _HERE)
-    status_ms: float = _measured(25.0, "CPU ms/call of serve.status()", "an idle ingress: 2.5 % of a core, a call a second")
+    status_ms: float = _measured(
+        25.0, "CPU ms/call of serve.status()", "an idle ingress: 2.5 % of a core, a call a second"
+    )
     # a call of Ray Serve, a unit each
     hop_ms: float = _measured(2.0, "CPU ms/call and side", _BY_PROCESS)
     replica_ms: float = _measured(0.5, "CPU ms/call, event loop and poller", _BY_PROCESS)
@@ -75,7 +76,9 @@ class Constants:
     launch_ms: float = _assumed(3.0, "ms/batch", "kernels of 12 layers, one after the other")
     # a CPU as the device, for the comparison with the measurement
     forward_ms: float = _derived(3.5, "CPU ms/forward", "README and CHANGELOG: the line through the two figures below")
-    forward_us: float = _derived(90.0, "CPU us/token", "short texts/s in process: 1,231 in units of ten, 1,525 in full ones")
+    forward_us: float = _derived(
+        90.0, "CPU us/token", "short texts/s in process: 1,231 in units of ten, 1,525 in full ones"
+    )
     client_ms: float = _measured(0.3, "CPU ms/request", "the client of `scripts/bench`, on the same cores")
     idle_cores: float = _measured(0.2, "cores", "README: an idle service")
     # stores and books
@@ -101,7 +104,7 @@ class Constants:
     gpu_usd: float = _assumed(3.00, "USD/GPU-hour", "a rented H200")
     core_usd: float = _assumed(0.04, "USD/core-hour", "a common instance")
     primary_usd: float = _assumed(0.50, "USD/hour", "a Redis primary and its replica, fast disks")
-    traffic_usd: float = _assumed(0.0, "USD/GB to clients", "clients in the same region")
+    traffic_usd: float = _assumed(0.01, "USD/GB to clients", "clients in another zone of the same region")
 
     @property
     def redis_steps(self) -> float:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from simulation.capacity import Cost, Demand, first_limit, ingresses
+from simulation.capacity import Cost, Demand, Fleet, demands, ingresses, limits
 from simulation.constants import Constants
 from simulation.load import Mix
 from simulation.runs import Outcome, percentile
@@ -31,8 +31,8 @@ def sanity(outcome: Outcome) -> str:
 
 
 def slices(rows: Sequence[Sized], mix: Mix, costs: Constants) -> Iterator[str]:
-    yield "| replicas that an ingress sees | ingresses | calls/request | texts/call | batch, of a full one | ingress CPU use | replica loop | GPU | units at a replica, most | wait p50 / p99 ms | latency p50 / p99 ms |"  # noqa: E501
-    yield "|---|---|---|---|---|---|---|---|---|---|---|"
+    yield "| replicas that an ingress counts with | ingresses | calls/request | texts/call | batch, of a full one | ingress CPU use | replica loop | GPU | units at a replica, most | wait p50 / p99 ms | latency p50 / p99 ms | settles |"  # noqa: E501
+    yield "|---|---|---|---|---|---|---|---|---|---|---|---|"
     for row in rows:
         it = row.outcome
         waits, latencies = (
@@ -40,9 +40,9 @@ def slices(rows: Sequence[Sized], mix: Mix, costs: Constants) -> Iterator[str]:
             for values in (it.waits_s, it.latencies_s)
         )
         yield (
-            f"| {row.replicas:,} | {ingresses(row.fleet, mix, costs):,} | {it.calls:.2f} | {it.texts:.1f} | "
+            f"| {row.counted:,} | {ingresses(row.fleet, mix, costs):,} | {it.calls:.2f} | {it.texts:.1f} | "
             f"{it.fill:.0%} | {max(it.ingress_use, it.tokenizer_use):.0%} | {it.replica_use:.0%} | "
-            f"{it.device_use:.0%} | {it.most_units} | {waits} | {latencies} |"
+            f"{it.device_use:.0%} | {it.most_units} | {waits} | {latencies} | {'yes' if it.settles else 'no: it grows'} |"
         )
 
 
@@ -54,30 +54,37 @@ def hurts(rows: Sequence[Sized]) -> str:
     slow = next((row for row in rows if percentile(row.outcome.waits_s, 50) >= HURTS * fastest), None)
     full = next((row for row in rows if row.outcome.most_units > MOST_UNITS), None)
     says = [
-        f"calls a request double at {calls.replicas:,} replicas" if calls else "calls a request do not double",
-        f"the median wait doubles at {slow.replicas:,}" if slow else "nor does the median wait",
+        f"calls a request double at {calls.counted:,} replicas" if calls else "calls a request do not double",
+        f"the median wait doubles at {slow.counted:,}" if slow else "nor does the median wait",
     ]
     if full:
-        says.append(f"from {full.replicas:,} on more than {MOST_UNITS} units are at a replica, which Serve does not let in")
+        says.append(
+            f"from {full.counted:,} on more than {MOST_UNITS} units are at a replica, which Serve does not let in"
+        )
     return f"An ingress packs its own requests only: {'; '.join(says)}."
 
 
-def table(rows: Sequence[Demand], resource: str = "resource") -> Iterator[str]:
-    order = {it.resource: place for place, it in enumerate(first_limit(list(rows)), start=1)}
+def table(fleet: Fleet, mix: Mix, costs: Constants, resource: str) -> Iterator[str]:
+    limit = limits(fleet, mix, costs)
+    order = {name: place for place, name in enumerate(limit, start=1)}
     yield f"| {resource} | demand | capacity of one | needed | there are | serves, req/s | order of saturation |"
     yield "|---|---|---|---|---|---|---|"
-    for it in rows:
-        have, serves = ("as needed", "") if it.have is None else (f"{it.have:,.0f}", _number(it.serves))
+    for it in demands(fleet, mix, costs):
+        have, serves = ("as needed", "") if it.have is None else (f"{it.have:,.0f}", _number(limit[it.resource]))
         yield (
             f"| {it.resource} | {_number(it.demand)} {it.unit} | {_number(it.one)} | {it.needed:,} | {have} | {serves} | "
             f"{order.get(it.resource, '')} |"
         )
 
 
-def verdict(rows: Sequence[Demand], asked_per_s: float) -> Iterator[str]:
-    for place, it in enumerate(limit for limit in first_limit(list(rows)) if limit.serves < asked_per_s):
-        first = "First" if not place else "then"
-        yield f"{first}: {it.resource}, at {_number(it.serves)} req/s ({it.needed:,} are needed, there are {it.have:,.0f})."
+def verdict(fleet: Fleet, mix: Mix, costs: Constants) -> Iterator[str]:
+    rows = {it.resource: it for it in demands(fleet, mix, costs)}
+    short = [(name, per_s) for name, per_s in limits(fleet, mix, costs).items() if per_s < fleet.requests_per_s]
+    if not short:
+        yield "Nothing saturates at this load."
+    for place, (name, per_s) in enumerate(short):
+        first, it = "then" if place else "First", rows[name]
+        yield f"{first}: {name}, at {_number(per_s)} req/s ({it.needed:,} are needed, there are {it.have:,.0f})."
 
 
 def costs_of(named: Sequence[tuple[str, Cost]]) -> Iterator[str]:

@@ -17,6 +17,7 @@ from simulation.machine import Clock, Machine, Process, Then
 from simulation.slice import Flight, Ingress, Replica, Shape
 
 WARM = 0.1  # of a run
+GROWS = 1.4  # times the wait in the third before
 TICK_S = 0.01  # how often what is idle otherwise takes its part of a core
 
 
@@ -52,9 +53,10 @@ class Outcome:
         return self.arrived / self.seconds
 
     @property
-    def cpu_use(self) -> float:
-        """Of what is busiest."""
-        return max(self.ingress_use, self.tokenizer_use, self.replica_use)
+    def settles(self) -> bool:
+        """Whether waits stop growing; else the load is too much, and they are those of a run so short."""
+        third = len(self.waits_s) // 3
+        return not third or percentile(self.waits_s[-third:], 50) < GROWS * percentile(self.waits_s[third:-third], 50)
 
 
 def percentile(values: list[float], percent: float) -> float:
@@ -85,7 +87,11 @@ class _Bench:
         self._clock = Clock(spread=costs.spread, seed=seed)
         self._rng = random.Random(f"requests {seed}")
         shared = Machine(shape.cores) if shape.cores else None
-        self._replicas = [Replica(self._clock, shape, costs, shared) for _ in range(shape.replicas)]
+        self._gpus = [Process(self._clock) for _ in range(-(-shape.replicas // shape.per_gpu))]
+        self._replicas = [
+            Replica(self._clock, shape, costs, self._gpus[number // shape.per_gpu], shared)
+            for number in range(shape.replicas)
+        ]
         self._ingresses = [
             Ingress(self._clock, shape, costs, self._replicas, seed * 1000 + number, shared)
             for number in range(shape.ingresses)
@@ -137,9 +143,7 @@ class _Bench:
             self._ended_s[number] = self._clock.now_s
             then()
 
-        flight = Flight(
-            lengths=lengths, share=Share(workspace=workspace), came_s=self._clock.now_s, answered=answered
-        )
+        flight = Flight(lengths=lengths, share=Share(workspace=workspace), came_s=self._clock.now_s, answered=answered)
         self._flights.append(flight)
         self._answered.append(0)
         self._ended_s.append(0.0)
@@ -152,7 +156,7 @@ class _Bench:
             "ingress": sum(it.loop.busy_s for it in ingresses) / len(ingresses),
             "tokenizer": sum(it.tokenizer.busy_s for it in ingresses) / len(ingresses),
             "replica": sum(it.loop.busy_s for it in replicas) / len(replicas),
-            "device": sum(it.device.busy_s for it in replicas) / len(replicas),
+            "device": sum(it.busy_s for it in self._gpus) / len(self._gpus),
             "calls": sum(it.calls for it in ingresses),
             "texts": sum(it.texts for it in ingresses),
             "batches": sum(it.batches for it in replicas),

@@ -14,7 +14,7 @@ from simulation.load import Mix
 from simulation.runs import Outcome, closed_loop, open_loop
 from simulation.slice import Shape
 
-SLICE_REPLICAS = 4  # at most: their load is that of any replica of the fleet
+SLICE_REPLICAS = 4  # of which one or two share a GPU; at most: their load is that of any replica of the fleet
 ROUNDS = 2
 DENSE = 0.05  # calls a request, at first: what few large units would take
 
@@ -33,32 +33,31 @@ class Sized:
     outcome: Outcome
 
     @property
-    def replicas(self) -> int:
-        """That an ingress counts with."""
-        return visible(self.fleet)
-
-
-def visible(fleet: Fleet) -> int:
-    return max(1, round(fleet.gpus / fleet.cells))
+    def counted(self) -> int:
+        """Replicas that an ingress counts with."""
+        return self.fleet.counted or self.fleet.replicas
 
 
 def sized(fleet: Fleet, mix: Mix, costs: Constants, *, burst: float, seconds: float, seed: int) -> Sized:
     fleet = replace(fleet, calls=DENSE)
     for _ in range(ROUNDS):
-        outcome = open_loop(shape(fleet, mix, costs), mix, costs, per_s=per_s(fleet), burst=burst, seconds=seconds, seed=seed)
+        outcome = open_loop(
+            shape(fleet, mix, costs), mix, costs, per_s=per_s(fleet), burst=burst, seconds=seconds, seed=seed
+        )
         fleet = replace(fleet, calls=outcome.calls)
     return Sized(fleet=fleet, outcome=outcome)
 
 
 def shape(fleet: Fleet, mix: Mix, costs: Constants) -> Shape:
     """Replicas of one cell, as far as they go, and their part of its ingresses."""
-    replicas = min(SLICE_REPLICAS, visible(fleet))
-    part = replicas / fleet.gpus
+    replicas = _simulated(fleet)
+    part = replicas / fleet.gpus / fleet.replicas_per_gpu
     sequences = max(1, 2**21 // int(4 * costs.dimensions))  # as `catalog.ModelCard.unit_sequences`
     return Shape(
         ingresses=max(1, round(ingresses(fleet, mix, costs) * part)),
         replicas=replicas,
-        visible=visible(fleet),
+        visible=fleet.counted or fleet.replicas,
+        per_gpu=fleet.replicas_per_gpu,
         unit_sequences=sequences,
         crowded=mix.workspaces > 1,
     )
@@ -66,7 +65,12 @@ def shape(fleet: Fleet, mix: Mix, costs: Constants) -> Shape:
 
 def per_s(fleet: Fleet) -> float:
     """Requests of a slice: a replica has there what it has in the fleet."""
-    return fleet.requests_per_s * min(SLICE_REPLICAS, visible(fleet)) / fleet.gpus
+    return fleet.requests_per_s * _simulated(fleet) / fleet.gpus / fleet.replicas_per_gpu
+
+
+def _simulated(fleet: Fleet) -> int:
+    """Replicas, whole GPUs of them."""
+    return min(SLICE_REPLICAS, max(fleet.replicas_per_gpu, fleet.replicas))
 
 
 def sweep(fleet: Fleet, mix: Mix, costs: Constants, *, burst: float, seconds: float, seed: int) -> Iterator[Sized]:

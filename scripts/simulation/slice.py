@@ -26,6 +26,8 @@ class Shape:
     ingresses: int
     replicas: int
     visible: int
+    per_gpu: int = 1
+    """Replicas that share one."""
     unit_tokens: int = 16_384
     unit_sequences: int = 682  # of 768 dimensions: 2 MiB
     express_at_once: int = 1
@@ -75,13 +77,13 @@ class _Gate:
 class Replica:
     """batches, texts and tokens: what it has computed."""
 
-    def __init__(self, clock: Clock, shape: Shape, costs: Constants, shared: Machine | None) -> None:
+    def __init__(self, clock: Clock, shape: Shape, costs: Constants, device: Process, shared: Machine | None) -> None:
+        """device: a GPU's stream, which both lanes share; on shared cores each thread computes instead."""
         self._clock, self._shape, self._costs, self._on_cpu = clock, shape, costs, shared is not None
         self.loop = Process(clock, shared)
-        self.device = Process(clock)  # a stream that both lanes share; on a CPU each thread computes
         self._gates = {
             express: _Gate(
-                [Process(clock, shared) if shared else self.device for _ in range(shape.at_once(express=express))]
+                [Process(clock, shared) if shared else device for _ in range(shape.at_once(express=express))]
             )
             for express in (True, False)
         }

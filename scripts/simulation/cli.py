@@ -60,7 +60,8 @@ def _report(fleet: Fleet, mix: Mix, costs: Constants, options: argparse.Namespac
     load: Load = {"burst": options.burst, "seconds": options.seconds, "seed": options.seed}
     yield (
         f"{fleet.requests_per_s:,.0f} requests/s of {mix.tokens:,.0f} tokens and {mix.vectors:g} texts, "
-        f"bursts of {options.burst:g}; {fleet.gpus:,} GPUs; seed {options.seed}. Constants: scripts/simulate --constants\n"
+        f"bursts of {options.burst:g}; {fleet.gpus:,} GPUs; seed {options.seed}. "
+        f"What the figures rest on: scripts/simulate --constants\n"
     )
     yield report.sanity(two_cores(costs, seconds=5 * options.seconds, seed=options.seed)) + "\n"
     rows = list[Sized](sweep(fleet, mix, costs, **load))
@@ -72,8 +73,8 @@ def _report(fleet: Fleet, mix: Mix, costs: Constants, options: argparse.Namespac
     yield from report.verdict(present, mix, costs)
     answer = _answer(fleet, mix, costs, load)
     yield (
-        f"\nThe answer: {answer.fleet.cells:,} cells, each a cluster of its own with {answer.fleet.replicas:,} replicas, "
-        f"{answer.fleet.replicas_per_gpu} a GPU, and a Redis, workspaces divided among them; an "
+        f"\nThe answer: {answer.fleet.cells:,} cells, each a cluster of its own with {answer.fleet.replicas:,} "
+        f"replicas, {answer.fleet.replicas_per_gpu} a GPU, and a Redis, workspaces divided among them; an "
         f"ingress counts with its share of the replicas, not with all; events trimmed an hour after delivery; "
         f"replies in files. The driver speaks to one primary; if it spoke Redis Cluster, a cell could use "
         f"{REDIS_CLUSTER_PRIMARIES}, one a shard of the ledger.\n"

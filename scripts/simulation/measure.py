@@ -1,4 +1,4 @@
-"""The constants of this machine that can be had in one process and a few seconds: CPU time, which neighbours disturb least.
+"""The constants of this machine that can be had in one process within seconds, in CPU time.
 
 Everything measured is the service's own code, with the bundled model.
 """
@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-
 from benchmark.workloads import passages
+
 from serve_app.core import vectors
 from serve_app.core.catalog import ModelSpec
 from serve_app.core.ledger import Kind, Recorded, UsageEvent

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
-from simulation.capacity import Cost, Demand, Fleet, demands, ingresses, limits
+from simulation.capacity import Cost, Fleet, demands, ingresses, limits
 from simulation.constants import Constants
 from simulation.load import Mix
 from simulation.runs import Outcome, percentile
@@ -24,8 +24,8 @@ def sanity(outcome: Outcome) -> str:
     error = 100 * (outcome.per_s / MEASURED_PER_S - 1)
     waits = [1000 * percentile(outcome.latencies_s, percent) for percent in (50, 99)]
     return (
-        f"Model against measurement: {MEASURED_IN_FLIGHT} short queries in flight on two cores: {outcome.per_s:.0f} req/s "
-        f"(p50 {waits[0]:.0f} ms, p99 {waits[1]:.0f} ms, {outcome.texts:.0f} texts a call); "
+        f"Model against measurement: {MEASURED_IN_FLIGHT} short queries in flight on two cores: {outcome.per_s:.0f} "
+        f"req/s (p50 {waits[0]:.0f} ms, p99 {waits[1]:.0f} ms, {outcome.texts:.0f} texts a call); "
         f"measured {MEASURED_PER_S:.0f}: {error:+.0f} %."
     )
 
@@ -42,7 +42,8 @@ def slices(rows: Sequence[Sized], mix: Mix, costs: Constants) -> Iterator[str]:
         yield (
             f"| {row.counted:,} | {ingresses(row.fleet, mix, costs):,} | {it.calls:.2f} | {it.texts:.1f} | "
             f"{it.fill:.0%} | {max(it.ingress_use, it.tokenizer_use):.0%} | {it.replica_use:.0%} | "
-            f"{it.device_use:.0%} | {it.most_units} | {waits} | {latencies} | {'yes' if it.settles else 'no: it grows'} |"
+            f"{it.device_use:.0%} | {it.most_units} | {waits} | {latencies} | "
+            f"{'yes' if it.settles else 'no: it grows'} |"
         )
 
 
@@ -72,8 +73,8 @@ def table(fleet: Fleet, mix: Mix, costs: Constants, resource: str) -> Iterator[s
     for it in demands(fleet, mix, costs):
         have, serves = ("as needed", "") if it.have is None else (f"{it.have:,.0f}", _number(limit[it.resource]))
         yield (
-            f"| {it.resource} | {_number(it.demand)} {it.unit} | {_number(it.one)} | {it.needed:,} | {have} | {serves} | "
-            f"{order.get(it.resource, '')} |"
+            f"| {it.resource} | {_number(it.demand)} {it.unit} | {_number(it.one)} | {it.needed:,} | {have} | "
+            f"{serves} | {order.get(it.resource, '')} |"
         )
 
 

@@ -1,4 +1,4 @@
-"""From a load to a slice: how many ingresses it takes depends on what their calls carry, and that on how many there are.
+"""From a load to a slice: how many ingresses it takes depends on their calls, and these on how many they are.
 
 So the slice is run, the ingresses are counted again, and it is run once more.
 """

@@ -43,7 +43,7 @@ class Shape:
 
 @dataclass(slots=True, kw_only=True)
 class Flight:
-    """A request under way. Times in seconds; queued_s: when it was tokenized, started_s: the forward of its last unit."""
+    """A request under way. queued_s: when it was tokenized; started_s: the forward of its last unit."""
 
     lengths: list[int]
     share: Share

@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 import orjson
 import yaml
 
-from benchmark import BenchError, books, bulk, curves, machine, memory, neighbours, render, revocation
+from benchmark import BenchError, books, bulk, curves, growth, machine, memory, neighbours, render, revocation
 from benchmark.ceiling import Ceiling
 from benchmark.client import Route
 from benchmark.machine import Meter, trees
@@ -37,12 +37,14 @@ Ends what it started. Leave the machine alone meanwhile: it says so if somebody 
 workspace does to the others, `scripts/bench bulk` kills `serve-app embed` and measures it, `scripts/bench revocation`
 how long a revoked key goes on working, `scripts/bench curves` what texts and tokens cost against requests in flight,
 texts a request and tokens a text, `scripts/bench memory` what each kind of process takes and
-where a start's time goes, `scripts/bench render` what JSON costs beside the model.
+where a start's time goes, `scripts/bench render` what JSON costs beside the model, `scripts/bench growth` how
+replicas and nodes come and go with the load.
 """
 OTHERS: dict[str, Any] = {
     "books": books,
     "bulk": bulk,
     "curves": curves,
+    "growth": growth,
     "memory": memory,
     "neighbours": neighbours,
     "render": render,

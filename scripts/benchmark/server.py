@@ -18,7 +18,7 @@ import time
 import urllib.error
 import urllib.request
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -53,8 +53,11 @@ HAPROXY_PORTS = (
 class Server:
     """A running `serve run`."""
 
-    def __init__(self, driver: subprocess.Popen[bytes], *, mark: str, port: int, log: Path, key: Path) -> None:
+    def __init__(
+        self, driver: subprocess.Popen[bytes], *, mark: str, port: int, log: Path, key: Path, in_a_cluster: bool
+    ) -> None:
         self._driver = driver
+        self._in_a_cluster = in_a_cluster
         self._mark = mark
         self._log = log
         self._key = key
@@ -69,10 +72,7 @@ class Server:
     def processes(self) -> list[psutil.Process]:
         """All of it, now: the tree below `serve run`, and whatever else carries the mark."""
         found = {process.pid: process for process in trees([self._driver.pid])}
-        for process in psutil.process_iter():
-            with contextlib.suppress(psutil.Error):
-                if process.pid not in found and process.environ().get(MARK) == self._mark:
-                    found[process.pid] = process
+        found |= {process.pid: process for process in _marked(self._mark) if process.pid not in found}
         self._seen.update(found.values())
         return list(found.values())
 
@@ -103,6 +103,10 @@ class Server:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._driver.wait(STOP_S)
         self.processes()  # and all that were seen before: a tree without its root is no tree
+        if self._in_a_cluster:  # that nobody ends by ending `serve run`
+            for process in self._seen:
+                with contextlib.suppress(psutil.Error):
+                    process.terminate()
         _, left = psutil.wait_procs(self._seen, timeout=10)
         killed = []
         for process in left:
@@ -119,8 +123,13 @@ class Server:
 
 
 @contextlib.contextmanager
-def serving(config: Path, root: Path, folder: Path) -> Iterator[Server]:
-    """The applications of `config` on a free port, ready. folder: where the generated config, the log and data/ go."""
+def serving(
+    config: Path, root: Path, folder: Path, *, cluster: Callable[[dict[str, str]], str] | None = None
+) -> Iterator[Server]:
+    """The applications of `config` on a free port, ready. folder: where the generated config, the log and data/ go.
+
+    cluster: starts a Ray cluster with this environment, and returns its address; else `serve run` has one of its own.
+    """
     port, *haproxy = _free_ports(1 + len(HAPROXY_PORTS))
     generated, log, mark = folder / "deployments.yaml", folder / "server.log", uuid.uuid4().hex
     deployments: dict[str, Any] = yaml.safe_load(config.read_text())
@@ -136,9 +145,15 @@ def serving(config: Path, root: Path, folder: Path) -> Iterator[Server]:
     serve = Path(sys.executable).parent / "serve"
     # A session of its own: Ctrl-C reaches this program alone, which then ends the server in its own order.
     # Address `local`: never the cluster that somebody else runs here.
+    try:
+        address = cluster(environment) if cluster else "local"
+    except BaseException:
+        for process in _marked(mark):
+            process.kill()
+        raise
     with log.open("wb") as output:
         driver = subprocess.Popen(
-            [serve, "run", "--address", "local", generated],
+            [serve, "run", "--address", address, generated],
             cwd=folder,  # so that its store and what it bills are not those of a service that is used
             env=environment,
             stdin=subprocess.DEVNULL,
@@ -146,7 +161,9 @@ def serving(config: Path, root: Path, folder: Path) -> Iterator[Server]:
             stderr=subprocess.STDOUT,
             start_new_session=True,
         )
-    server = Server(driver, mark=mark, port=port, log=log, key=folder / "data" / "demo-key")
+    server = Server(
+        driver, mark=mark, port=port, log=log, key=folder / "data" / "demo-key", in_a_cluster=cluster is not None
+    )
     try:
         server.wait_until_ready()
         yield server
@@ -157,6 +174,13 @@ def serving(config: Path, root: Path, folder: Path) -> Iterator[Server]:
                 print(f"warning: left after SIGINT, and killed: {', '.join(killed)}", file=sys.stderr)
         finally:
             signal.signal(signal.SIGINT, before)
+
+
+def _marked(mark: str) -> Iterator[psutil.Process]:
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get(MARK) == mark:
+                yield process
 
 
 def settings() -> dict[str, str]:

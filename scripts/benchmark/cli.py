@@ -16,7 +16,19 @@ from typing import Any, NoReturn
 import orjson
 import yaml
 
-from benchmark import BenchError, books, bulk, curves, growth, machine, memory, neighbours, render, revocation
+from benchmark import (
+    BenchError,
+    books,
+    bulk,
+    curves,
+    growth,
+    machine,
+    memory,
+    neighbours,
+    render,
+    revocation,
+    scaling,
+)
 from benchmark.ceiling import Ceiling
 from benchmark.client import Route
 from benchmark.machine import Meter, trees
@@ -36,9 +48,9 @@ Ends what it started. Leave the machine alone meanwhile: it says so if somebody 
 `scripts/bench books` measures what keys and bills cost instead, `scripts/bench neighbours` what a flood of one
 workspace does to the others, `scripts/bench bulk` kills `serve-app embed` and measures it, `scripts/bench revocation`
 how long a revoked key goes on working, `scripts/bench curves` what texts and tokens cost against requests in flight,
-texts a request and tokens a text, `scripts/bench memory` what each kind of process takes and
-where a start's time goes, `scripts/bench render` what JSON costs beside the model, `scripts/bench growth` how
-replicas and nodes come and go with the load.
+texts a request and tokens a text, `scripts/bench memory` what each kind of process takes and where a start's time goes,
+`scripts/bench render` what JSON costs beside the model, `scripts/bench growth` how replicas and nodes come and go with
+the load, `scripts/bench scaling` how throughput grows with simulated replicas.
 """
 OTHERS: dict[str, Any] = {
     "books": books,
@@ -49,6 +61,7 @@ OTHERS: dict[str, Any] = {
     "neighbours": neighbours,
     "render": render,
     "revocation": revocation,
+    "scaling": scaling,
 }
 FULL_ROUNDS, FULL_S = 3, 10.0
 QUICK_ROUNDS, QUICK_S = 1, 2.5

@@ -50,7 +50,8 @@ workspace does to the others, `scripts/bench bulk` kills `serve-app embed` and m
 how long a revoked key goes on working, `scripts/bench curves` what texts and tokens cost against requests in flight,
 texts a request and tokens a text, `scripts/bench memory` what each kind of process takes and where a start's time goes,
 `scripts/bench render` what JSON costs beside the model, `scripts/bench growth` how replicas and nodes come and go with
-the load, `scripts/bench scaling` how throughput grows with simulated replicas.
+the load, `scripts/bench scaling` how throughput grows with simulated replicas, `scripts/bench
+encoder` measures the encoder alone, without Ray.
 """
 OTHERS: dict[str, Any] = {
     "books": books,

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import itertools
+import json
 import math
 import random
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-
-import orjson
 
 from benchmark import BenchError
 
@@ -64,7 +63,7 @@ def mixed(seed: int) -> Workload:
 def from_file(path: Path) -> Workload:
     """One JSON string per line, over and over."""
     try:
-        texts = [orjson.loads(line) for line in path.read_bytes().splitlines()]
+        texts = [json.loads(line) for line in path.read_bytes().splitlines()]
     except (OSError, ValueError) as error:
         raise BenchError(f"{path}: {error}") from error
     if not texts or not all(isinstance(text, str) and text for text in texts):

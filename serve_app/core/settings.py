@@ -7,13 +7,15 @@ anchor keeps them so.
 from __future__ import annotations
 
 import re
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import ConfigDict, Field, field_validator
 
 from serve_app.core.plans import Limits
 from serve_app.core.pricing import RateCard
 from serve_app.core.strict import StrictModel
+
+LogLevel = Literal["info", "warning", "error", "off"]
 
 GIB = 2**30
 _ORIGIN = re.compile(r"https?://([a-z0-9]([a-z0-9.-]*[a-z0-9])?|\[[0-9a-f:.]+\])(:[1-9][0-9]{0,4})?")
@@ -63,6 +65,8 @@ class IngressSettings(StoreSettings):
     """What a duplicate waits for the first call with its key, before it gets 409 `idempotency_in_progress`."""
     lease_s: Annotated[float, Field(ge=1)] = 15.0
     """An attempt that has not been heard of for so long is taken for dead: a retry takes over."""
+    request_log: LogLevel = "info"
+    """Which requests have a line in the log: all, those that fail, those of them that are our fault, or none."""
     replay_bytes: Annotated[int, Field(ge=0)] = 4 * GIB
     """Replies that one workspace may keep for replays, together."""
     replay_records: Annotated[int, Field(ge=0)] = 1_000_000

@@ -27,6 +27,7 @@ from serve_app.core.packing import Packed
 from serve_app.core.vectors import Vectors
 from serve_app.deployments.gate import Gate, Run
 from serve_app.deployments.load import Load
+from serve_app.deployments.logs import join_serve
 from serve_app.deployments.metrics import Exporter
 from serve_app.dispatch import Unit, UnitReply
 from serve_app.encoders import Encoder, open_encoder, self_test
@@ -60,8 +61,8 @@ class EncoderReplica:
     """See `app.model` for the deployment. Ready when constructed: the model is loaded, checked and warm."""
 
     def __init__(self, spec: ModelSpec) -> None:
+        join_serve()
         sys.setswitchinterval(SWITCH_S)
-        _log_where_serve_does()
         started_s = time.perf_counter()
         self._encoder: Encoder = open_encoder(spec)
         opened_s = time.perf_counter()
@@ -144,14 +145,6 @@ class EncoderReplica:
             labels = (self._encoder.card.name,)
             self._metrics.gpu_memory_allocated_bytes.show({labels: memory.allocated})
             self._metrics.gpu_memory_reserved_bytes.show({labels: memory.reserved})
-
-
-def _log_where_serve_does() -> None:
-    """Serve gives handlers to its own logger alone: what this package says at INFO would go nowhere."""
-    package = logging.getLogger("serve_app")
-    package.setLevel(logging.INFO)
-    for handler in logging.getLogger("ray.serve").handlers:
-        package.addHandler(handler)
 
 
 def _give_way() -> None:

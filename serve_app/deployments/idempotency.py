@@ -18,6 +18,7 @@ from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
 from serve_app.core.idempotency import Begin, ClaimStep, Outcome
 from serve_app.core.settings import IdempotencySettings
+from serve_app.deployments.logs import join_serve
 from serve_app.deployments.nodes import check_nodes
 from serve_app.desk import Desk
 from serve_app.gather import Gather
@@ -43,6 +44,7 @@ class IdempotencyReplica:
     """See `app.idempotency` for the deployments. others: those of the same application, so that Serve starts them."""
 
     def __init__(self, settings: IdempotencySettings, shard: int, others: list[DeploymentHandle]) -> None:
+        join_serve()
         self._settings = settings
         self._blobs = Blobs(Path(settings.blobs))
         self._shard = shard

@@ -19,6 +19,7 @@ from serve_app.books import Books
 from serve_app.core.metrics import IngressMetrics
 from serve_app.core.settings import IngressSettings
 from serve_app.deployments.idempotency import Clerks
+from serve_app.deployments.logs import RequestLog, join_serve
 from serve_app.deployments.metrics import Exporter
 from serve_app.deployments.models import LiveModels
 from serve_app.deployments.nodes import check_nodes
@@ -32,6 +33,7 @@ class IngressReplica:
     """See `app.ingress` for the deployment."""
 
     def __init__(self, settings: IngressSettings) -> None:
+        join_serve()
         self._settings = settings
         self._metrics = IngressMetrics()
 
@@ -50,15 +52,16 @@ class IngressReplica:
             load_wait_s=settings.load_wait_s,
         )
         service = self.service(models, store)
-        exporter = Exporter(self._metrics, models.measure)
+        exporter, log = Exporter(self._metrics, models.measure), RequestLog()
 
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             await models.start()
-            tasks = [asyncio.create_task(models.watch()), asyncio.create_task(exporter.run())]
+            tasks = [asyncio.create_task(work) for work in (models.watch(), exporter.run(), log.run())]
             yield
             for task in tasks:
                 task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await service.close()
             await store.close()
 
@@ -68,6 +71,8 @@ class IngressReplica:
             cors_origins=settings.cors_origins,
             lifespan=lifespan,
             metrics=self._metrics,
+            log=log,
+            log_from=settings.request_log,
         )
         return _without_request_id(app)
 

@@ -17,6 +17,7 @@ from ray.serve.schema import ApplicationStatus
 from serve_app.balance import Balance
 from serve_app.core.catalog import ModelCard, names_in
 from serve_app.core.metrics import UsageMetrics
+from serve_app.deployments.logs import join_serve
 from serve_app.deployments.metrics import Exporter
 from serve_app.deployments.nodes import check_nodes
 from serve_app.meter import Meter
@@ -37,6 +38,7 @@ class UsageReplica:
     """See `app.usage` for the deployment."""
 
     def __init__(self, settings: UsageSettings) -> None:
+        join_serve()
         self._settings = settings
         self._opening = asyncio.Lock()
         self._relay: Relay | None = None

@@ -11,7 +11,7 @@ import gc
 import logging
 import sys
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from serve_app.cli import app as command
 from serve_app.core import keys
 from serve_app.core.idempotency import claim_id
 from serve_app.core.settings import IdempotencySettings, IngressSettings
+from serve_app.core.truncation import Tokenized
 from serve_app.dispatch import Unit, UnitReply
 from serve_app.sinks import SinkSettings
 from serve_app.stores import StoreDown, StoreUnfit, open_store
@@ -139,6 +140,41 @@ async def test_a_request_that_nobody_waits_for_any_more_fails_in_silence(
     assert "RuntimeError" in caplog.text, "by its type"
     told = caplog.text + str([vars(record) for record in caplog.records]) + str(heard) + str(capfd.readouterr())
     assert not planted_in(told)
+
+
+async def test_a_requests_line_in_the_log_holds_nothing_that_it_sent() -> None:
+    """However it ends: answered, replayed, refused for each part of it, or broken."""
+    lines: list[Mapping[str, Any]] = []
+
+    async def breaks(texts: Sequence[str]) -> Tokenized:
+        if any("broken" in text for text in texts):
+            raise RuntimeError(f"cannot tokenize {texts}")
+        return await FakeModel().tokenize(texts)
+
+    models = FakeModels(FakeModel(tokenize=breaks))
+    app = build_app(service_over(models), max_body_bytes=10_000, log=lines.append)
+    transport = httpx.ASGITransport(app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test", headers=AUTHORIZATION) as http:
+        good = {"model": CARD.id, "input": TEXT, "user": USER}
+        for more, headers in (
+            ({}, {"Idempotency-Key": f"{ORDER}-3"}),
+            ({}, {"Idempotency-Key": f"{ORDER}-3"}),
+            ({"input": f"another {TEXT}"}, {"Idempotency-Key": f"{ORDER}-3"}),
+            ({"model": TEXT}, {}),
+            ({"input": [TEXT, 7]}, {}),
+            ({TEXT: TEXT}, {}),
+            ({"input": f"broken {TEXT}"}, {}),
+            ({}, {"Idempotency-Key": ORDER * 100}),
+            ({}, {"Authorization": f"Bearer {WRONG_KEY}"}),
+            ({}, {"X-Request-Id": TEXT}),
+        ):
+            await http.post("/v1/embeddings", json=good | more, headers=headers)
+        await http.get("/v1/usage", params={"from": TEXT})
+        await http.get(f"/v1/models/{ORDER}")
+        await http.get(f"/{ORDER}")
+    assert {line["status"] for line in lines} == {200, 400, 401, 404, 409, 500}
+    assert len(lines) == 13
+    assert not planted_in(str(lines))
 
 
 def test_what_is_kept_of_an_idempotency_key_does_not_tell_it() -> None:

@@ -128,7 +128,7 @@ class LiveServer:
             yaml.safe_dump(
                 {
                     "http_options": {"host": "127.0.0.1", "port": self.port},
-                    "logging_config": {"enable_access_log": False},
+                    "logging_config": {"enable_access_log": False, "encoding": "JSON"},
                     "applications": apps,
                 }
             )

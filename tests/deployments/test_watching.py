@@ -177,3 +177,28 @@ def test_a_running_service_tells_all_that_is_asked_for(server: LiveServer) -> No
     assert re.search(r'^ray_serve_app_refusals_total\{.*budget="requests"', page, re.MULTILINE)
     assert re.search(r'^ray_serve_app_claims_total\{.*outcome="replay"', page, re.MULTILINE)
     assert re.search(r"^ray_serve_app_ledger_difference_events\{.*\} 0\.0$", page, re.MULTILINE)
+
+
+@pytest.mark.live
+@pytest.mark.timeout(700)
+def test_each_request_has_a_line_in_the_log_and_no_more_than_it_may(server: LiveServer) -> None:
+    marker = f"xyzzy-{time.monotonic_ns()}"
+    with httpx.Client(base_url=server.url, headers=server.headers, timeout=60) as http:
+        body = {"model": MINILM["id"], "input": f"a text with {marker}", "user": f"user {marker}"}
+        headers = {"X-Request-Id": f"req-{time.monotonic_ns()}", "Idempotency-Key": f"order {marker}"}
+        answer = http.post("/v1/embeddings", json=body, headers=headers)
+        assert answer.status_code == 200
+
+    def lines() -> list[dict[str, Any]]:
+        files = [path for path in server.logs() if path.name.startswith("requests_")]
+        told = [json.loads(line) for path in files for line in path.read_text().splitlines()]
+        return [line for line in told if line["request_id"] == headers["X-Request-Id"]]
+
+    server.wait_until(lines, 30)
+    (line,) = lines()
+    assert (line["status"], line["code"], line["route"]) == (200, "ok", "/v1/embeddings")
+    assert line["tokens"] == answer.json()["usage"]["total_tokens"]
+    assert line["workspace"].startswith("ws_")
+    assert line["key"].startswith("key_")
+    assert line["total_ms"] >= line["compute_ms"] > 0
+    assert not [str(path) for path in server.logs() if marker in path.read_text(errors="replace")]

@@ -34,7 +34,7 @@ from benchmark.workloads import passages, short_queries
 MODEL, MOST = "all-MiniLM-L6-v2", 3
 RISE = ((0.0, 1), (1.0, 8))  # callers, after how many of `--seconds`
 WAIT_S = 240.0  # for a number of replicas or nodes
-LOOK_S = 0.25
+LOOK_S = 1.0
 RETRIES = 5  # of OpenAI's client
 
 
@@ -154,7 +154,7 @@ class _Growth:
         lines, start_s = [], time.perf_counter()
 
         def note(what: str) -> None:
-            lines.append(f"{time.perf_counter() - start_s:7.1f} s  {what}")
+            print(f"{time.perf_counter() - start_s:7.1f} s  {what}", flush=True)
 
         watch = asyncio.create_task(self._watch(note))
         note("a first request, to a model that sleeps")
@@ -220,8 +220,7 @@ class _Growth:
 
     async def _count(self) -> tuple[int, int]:
         """(replicas, nodes beside the head)."""
-        async with httpx2.AsyncClient(trust_env=False, timeout=10.0) as http:
-            ready = (await http.get(f"{self._server.url}/ready")).json()
+        _, ready = await asyncio.to_thread(self._server.readiness)
         raylets = [process for process in self._server.processes() if _is_raylet(process)]
         return int(ready["models"][MODEL]["replicas"]), len(raylets) - 1
 

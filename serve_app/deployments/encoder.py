@@ -23,7 +23,7 @@ from ray import serve
 
 from serve_app.core.catalog import ModelCard, ModelSpec
 from serve_app.core.metrics import EncoderMetrics, lane_name
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, TokenIds
 from serve_app.core.vectors import Vectors
 from serve_app.deployments.gate import Gate, Run
 from serve_app.deployments.load import Load
@@ -127,18 +127,18 @@ class EncoderReplica:
         """One batch. Exceptions are returned, not raised: a raised one would fail every unit of the batch."""
         started_s, thread = time.perf_counter(), self._threads[express]
         replies = await asyncio.get_running_loop().run_in_executor(thread, encode_units, self._encoder.encode, units)
-        self._count(express, Packed.join([unit.packed for unit in units]), time.perf_counter() - started_s)
+        self._count(express, np.concatenate([unit.packed.lengths for unit in units]), time.perf_counter() - started_s)
         return replies
 
-    def _count(self, express: bool, packed: Packed, seconds: float) -> None:
+    def _count(self, express: bool, lengths: TokenIds, seconds: float) -> None:
         metrics, card = self._metrics, self._encoder.card
         labels = card.name, lane_name(express)
-        texts, computed = len(packed.lengths), self._encoder.computed_tokens(packed)
+        texts, computed = len(lengths), self._encoder.computed_tokens(lengths)
         metrics.batch_seconds.observe(seconds, *labels)
-        metrics.batch_fill_ratio.observe(packed.tokens / card.unit_tokens, *labels)
+        metrics.batch_fill_ratio.observe(int(lengths.sum()) / card.unit_tokens, *labels)
         metrics.batch_texts.observe(texts, *labels)
         metrics.computed_tokens.add(*labels, by=computed)
-        metrics.padding_saved_tokens.add(*labels, by=max(0, texts * int(packed.lengths.max()) - computed))
+        metrics.padding_saved_tokens.add(*labels, by=max(0, texts * int(lengths.max()) - computed))
 
     def _measure(self) -> None:
         if memory := self._encoder.gpu_memory():

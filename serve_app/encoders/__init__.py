@@ -12,7 +12,7 @@ from typing import Protocol
 import numpy as np
 
 from serve_app.core.catalog import ModelCard, ModelSpec
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, TokenIds
 from serve_app.core.vectors import Vectors
 
 SAME_LOGIT = 0.25  # what a reranker's may differ by from batch to batch, in bfloat16; another model's differs by more
@@ -46,8 +46,8 @@ class Encoder(Protocol):
         """SHA-256 of each weight file, by its path."""
         ...
 
-    def computed_tokens(self, packed: Packed) -> int:
-        """What `encode` computes of it: its tokens, and those that are padding."""
+    def computed_tokens(self, lengths: TokenIds) -> int:
+        """What `encode` computes of sequences of these lengths: their tokens, and those that are padding."""
         ...
 
     def gpu_memory(self) -> GpuMemory | None:

@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from serve_app.core.catalog import ModelCard, ModelSpec, Source
 from serve_app.core.known import Task
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, TokenIds
 from serve_app.core.vectors import Vectors
 from serve_app.encoders import SAME_LOGIT, GpuMemory, bert, logits_apart, manifest
 from serve_app.encoders.linear import can_prepack, prepack
@@ -46,7 +46,7 @@ Model: TypeAlias = Any  # a SentenceTransformer or a Reranker: modules, the firs
 class Forward(Protocol):
     def __call__(self, packed: Packed) -> Vectors: ...
 
-    def computed_tokens(self, packed: Packed) -> int: ...
+    def computed_tokens(self, lengths: TokenIds) -> int: ...
 
 
 class LoadedEncoder:
@@ -72,8 +72,8 @@ class LoadedEncoder:
         self._calls = 0  # under way
         self._counting = threading.Lock()
 
-    def computed_tokens(self, packed: Packed) -> int:
-        return self._forward.computed_tokens(packed)
+    def computed_tokens(self, lengths: TokenIds) -> int:
+        return self._forward.computed_tokens(lengths)
 
     def gpu_memory(self) -> GpuMemory | None:
         if not torch.cuda.is_initialized():  # type: ignore[no-untyped-call]

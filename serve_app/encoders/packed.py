@@ -18,7 +18,7 @@ from torch.nn import functional
 from transformers import AttentionInterface
 from transformers.masking_utils import AttentionMaskInterface
 
-from serve_app.core.packing import Packed, runs
+from serve_app.core.packing import Packed, TokenIds, runs
 from serve_app.core.vectors import Vectors
 from serve_app.encoders import varlen
 from serve_app.encoders.linear import fix_rows
@@ -146,7 +146,7 @@ class PackedForward:
         lengths = packed.lengths[order]
         starts = np.concatenate(([0], np.cumsum(packed.lengths)[:-1]))[order]
         total = int(lengths.sum())
-        rows = self.computed_tokens(packed)
+        rows = self.computed_tokens(packed.lengths)
         offsets = np.arange(total) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         chosen = np.repeat(starts, lengths) + offsets
         columns = np.zeros((3, 1, rows), np.int64)
@@ -169,9 +169,10 @@ class PackedForward:
         vectors[order] = pooled.cpu().numpy()
         return vectors
 
-    def computed_tokens(self, packed: Packed) -> int:
+    def computed_tokens(self, lengths: TokenIds) -> int:
         """By the linear layers; attention pads a little more."""
-        return rows_for(packed.tokens) if self._fixed_rows else packed.tokens
+        tokens = int(lengths.sum())
+        return rows_for(tokens) if self._fixed_rows else tokens
 
     def _through(self, tokens: Tokens) -> torch.Tensor:
         """[rows, width]: the last hidden states."""

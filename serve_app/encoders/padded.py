@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, TokenIds
 from serve_app.core.vectors import Vectors
 
 Row = np.ndarray[Any, np.dtype[np.int32]]
@@ -35,8 +35,8 @@ class PaddedForward:
             rows.update(zip(batch.tolist(), vectors, strict=True))
         return np.stack([rows[index].numpy() for index in range(len(sequences))])
 
-    def computed_tokens(self, packed: Packed) -> int:
-        lengths = np.sort(packed.lengths)
+    def computed_tokens(self, lengths: TokenIds) -> int:
+        lengths = np.sort(lengths)
         batches = [lengths[first : first + self._batch] for first in range(0, len(lengths), self._batch)]
         return sum(len(batch) * int(batch[-1]) for batch in batches)
 

@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from serve_app.core.catalog import ModelSpec
-from serve_app.core.packing import Packed
+from serve_app.core.packing import Packed, TokenIds
 from serve_app.core.vectors import Vectors
 from serve_app.dispatch import Unit, UnitReply
 from tests.service import fakes
@@ -36,8 +36,8 @@ class FakeEncoder:
         self.poison = poison
         self.calls: list[list[int]] = []
 
-    def computed_tokens(self, packed: Packed) -> int:
-        return -(-packed.tokens // 8) * 8
+    def computed_tokens(self, lengths: TokenIds) -> int:
+        return -(-int(lengths.sum()) // 8) * 8
 
     def encode(self, packed: Packed) -> Vectors:
         firsts = packed.ids[np.cumsum(packed.lengths) - packed.lengths]

@@ -96,7 +96,7 @@ def build_app(
     metrics: IngressMetrics | None = None,
     log: Log | None = None,
     log_from: LogLevel = "info",
-) -> ASGIApp:
+) -> Edge:
     """The whole HTTP side of the service. cors_origins: of web pages that may call it. log: takes a line a request."""
     documented = _documented_app()
     routes = [_undocumented(route) for route in documented.routes]
@@ -224,6 +224,7 @@ class Edge:
         self.service = service
         self.access = access
         self.door = Door(app, service)
+        self.under_way = 0  # requests that came and are not answered yet
         self.cors_origins = frozenset(cors_origins)
         self.cors_door = CORSMiddleware(
             self.door,
@@ -263,12 +264,14 @@ class Edge:
             await send(message)
 
         way_in = self.cors_door if headers.get("origin") in self.cors_origins else self.door
+        self.under_way += 1
         try:
             await way_in(scope, receive, send_with_headers)
         except Exception:
             if status == HUNG_UP:
                 raise  # nothing was said, not even by _broken
         finally:
+            self.under_way -= 1
             self.access.answered(call, status)
 
 

@@ -38,6 +38,7 @@ _OPENMP = {"GOMP_SPINCOUNT": "1000"}
 ENCODER_ENV = {**_MALLOC, **_OPENMP, "HF_HUB_DISABLE_TELEMETRY": "1", "TOKENIZERS_PARALLELISM": "false"}
 LOOK_BACK_S = 15.0  # of what replicas measured, the mean: a burst of a second starts nothing
 INGRESS_ENV = {"TOKENIZERS_PARALLELISM": "false"}  # the ingress has its own threads, and turns
+DEFAULT_TERMS: dict[str, Any] = {}  # not None: Serve would not tell a replica that its `user_config` is gone again
 
 
 Settings = TypeVar("Settings", bound=StoreSettings)
@@ -70,6 +71,8 @@ def ingress(settings: IngressSettings) -> Application:
     application: Application = _ingress.options(
         name="ingress",
         num_replicas=settings.replicas,
+        user_config=DEFAULT_TERMS,
+        graceful_shutdown_timeout_s=settings.request_timeout_s + 10.0,
         max_ongoing_requests=settings.max_ongoing_requests,
         ray_actor_options={"num_cpus": settings.num_cpus, "runtime_env": {"env_vars": INGRESS_ENV}},
     ).bind(settings)
@@ -91,7 +94,9 @@ def idempotency(settings: IdempotencySettings) -> Application:
 def usage(settings: UsageSettings) -> Application:
     """The usage actor: one process. `route_prefix: null`."""
     settings = _located(settings)
-    application: Application = _usage.options(name="usage", **_actor(settings.num_cpus)).bind(settings)
+    application: Application = _usage.options(
+        name="usage", user_config=DEFAULT_TERMS, **_actor(settings.num_cpus)
+    ).bind(settings)
     return application
 
 

@@ -20,12 +20,11 @@ logger = logging.getLogger(__name__)
 
 
 class Meter:
-    def __init__(self, store: Store, rates: RateCard) -> None:
+    def __init__(self, store: Store) -> None:
         self._store = store
-        self._rates = rates
 
-    async def look(self, warm: Sequence[ModelCard], now_ms: int) -> None:
-        """One look at the models that are warm now. Raises StoreDown."""
+    async def look(self, warm: Sequence[ModelCard], rates: RateCard, now_ms: int) -> None:
+        """One look at the models that are warm now. rates: of the hours that became due. Raises StoreDown."""
         workspaces = {workspace.id: workspace for workspace in await self._store.workspaces()}
         known = await self._store.reservations()
         going_on = {_what(it): it for it in known if it.stopped_ms is None}
@@ -47,7 +46,7 @@ class Meter:
                     "%s is reserved by %s, which is no workspace on a plan", reservation.model, reservation.workspace
                 )
                 continue
-            billed, events = bill(reservation, workspace, self._rates, now_ms)
+            billed, events = bill(reservation, workspace, rates, now_ms)
             await self._store.put_reservation(billed, events, cap_micros=workspace.monthly_cap_micros)
 
 

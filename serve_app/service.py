@@ -30,6 +30,7 @@ from serve_app.core.catalog import (
 )
 from serve_app.core.charges import token_event
 from serve_app.core.errors import (
+    AtCapacity,
     EndpointNotAllowed,
     ModelNotAllowed,
     ModelNotFound,
@@ -41,10 +42,9 @@ from serve_app.core.errors import (
 from serve_app.core.known import Task
 from serve_app.core.ledger import UsageEvent, call_event_id
 from serve_app.core.packing import Packed, Share
-from serve_app.core.plans import Limits
-from serve_app.core.pricing import RateCard
 from serve_app.core.prompts import InputType, parted, prompt_for, prompted
 from serve_app.core.replies import Reply
+from serve_app.core.settings import Terms
 from serve_app.core.truncation import Tokenized
 from serve_app.dispatch import Encoded
 from serve_app.stores import Clock
@@ -52,6 +52,7 @@ from serve_app.throttle import Standing, Throttle
 
 WARNING_BYTES = 80  # of a stored reply, for each input that was cut
 MODELS = "/v1/models"  # never counted against a rate
+LEAVING_S = 5.0  # what a restart takes is not known here: whoever asks again then meets another instance, or nobody
 
 
 _PROCESS, _numbers = uuid.uuid4().hex, itertools.count()  # a uuid for each call was a twentieth of an ingress
@@ -143,8 +144,7 @@ class Service:
         accounts: Accounts,
         throttle: Throttle,
         books: Books,
-        rates: RateCard,
-        limits: Limits,
+        terms: Terms,
         *,
         now_ms: Clock,
         request_timeout_s: float,
@@ -153,10 +153,15 @@ class Service:
         self._accounts = accounts
         self._throttle = throttle
         self._books = books
-        self._rates = rates
-        self._limits = limits
+        self._terms = terms
         self._now_ms = now_ms
         self._request_timeout_s = request_timeout_s
+        self._leaving = False
+
+    def change(self, terms: Terms) -> None:
+        """From now on: requests already admitted have the new rates, too, for each is billed when it is answered."""
+        self._terms = terms
+        self._throttle.change(terms.limits)
 
     @asynccontextmanager
     async def deadline(self, client_s: float = math.inf) -> AsyncIterator[None]:
@@ -172,14 +177,23 @@ class Service:
             raise RequestTimeout(f"No answer within {within_s:g} s; the work was dropped.") from None
 
     async def admit(self, call: Call, authorization: str | None) -> None:
-        """Who is calling, and whether it may now. Raises InvalidAPIKey, EndpointNotAllowed, RateLimitExceeded."""
+        """Who is calling, and whether it may now.
+
+        Raises InvalidAPIKey, EndpointNotAllowed, RateLimitExceeded, and AtCapacity once nothing is admitted any more.
+        """
         call.caller = await self._accounts.authenticate(authorization)
+        if self._leaving:
+            raise AtCapacity("The service is shutting down.", retry_after_s=LEAVING_S)
         if not call.caller.key.may_call(call.route):
             raise EndpointNotAllowed("This API key may not call this endpoint.")
         if call.route == MODELS or call.route.startswith(f"{MODELS}/"):
             await self._throttle.look(call.caller)
         else:
             await self._throttle.admit(call.caller)
+
+    def leave(self) -> None:
+        """From now on nothing is admitted, and it is not ready."""
+        self._leaving = True
 
     def standing(self, call: Call) -> tuple[Standing, Standing | None] | None:
         """What is left of the caller's budgets, requests and tokens; None for a call without a caller."""
@@ -299,7 +313,7 @@ class Service:
             workspace=job.caller.workspace,
             key=job.caller.key,
             card=job.model.card,
-            rates=self._rates,
+            rates=self._terms.rates,
             tokens=reply.usage["total_tokens"],
             time_ms=self._now_ms(),
             details={
@@ -358,7 +372,9 @@ class Service:
     def readiness(self) -> dict[str, Any]:
         """`GET /ready`: ready = at least one model is deployed, and every one answered its self-test or sleeps."""
         states = self._models.states()
-        ready = bool(states) and all(state.state in ("ready", "asleep") for state in states.values())
+        ready = (
+            bool(states) and not self._leaving and all(state.state in ("ready", "asleep") for state in states.values())
+        )
         return {
             "status": "ready" if ready else "not_ready",
             "models": {id: state.model_dump() for id, state in states.items()},
@@ -412,7 +428,7 @@ class Service:
     async def _encode(self, call: Call, job: Job, tokenized: Tokenized) -> Encoded:
         workspace = job.caller.workspace
         within_s = min(self._request_timeout_s, call.read_timeout_s) - (time.perf_counter() - call.started_s)
-        share = Share(workspace=workspace.id, weight=self._limits.weight(workspace.plan), within_s=within_s)
+        share = Share(workspace=workspace.id, weight=self._terms.limits.weight(workspace.plan), within_s=within_s)
         encoded = await job.model.encode(tokenized.packed, share, no_store=call.no_store)
         call.queue_s, call.compute_s, call.express = encoded.queue_s, encoded.compute_s, encoded.express
         return encoded

@@ -103,6 +103,10 @@ class Throttle:
         self._reporting: asyncio.Task[None] | None = None
         self._closed = False
 
+    def change(self, limits: Limits) -> None:
+        """What a key has used stays used."""
+        self._limits = limits
+
     async def admit(self, caller: Caller) -> None:
         """Take one request of the key's budget. Raises RateLimitExceeded."""
         await self._take(caller, ONE_REQUEST)

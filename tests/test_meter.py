@@ -32,9 +32,9 @@ async def store(tmp_path: Path) -> AsyncIterator[Store]:
 
 async def watch(store: Store, warm: list[ModelCard], first_minute: int, last_minute: int, *, every: int = 10) -> None:
     """A meter, new each time, that looks every so many minutes after noon."""
-    meter = Meter(store, RateCard())
+    meter = Meter(store)
     for minute in range(first_minute, last_minute + 1, every):
-        await meter.look(warm, NOON_MS + minute * MINUTE_MS)
+        await meter.look(warm, RateCard(), NOON_MS + minute * MINUTE_MS)
 
 
 async def events(store: Store) -> list[UsageEvent]:

@@ -54,7 +54,8 @@ def measure(options: argparse.Namespace, root: Path) -> None:
         url = f"sqlite:{folder}/data/serve-app.db"
         texts = asyncio.run(_accounts(url))
         config = yaml.safe_load((root / "deployments.yaml").read_text())
-        config["applications"][0]["args"] = {"limits": UNLIMITED if options.unlimited else {}}
+        terms = {"limits": UNLIMITED} if options.unlimited else {}
+        config["applications"][0]["deployments"] = [{"name": "ingress", "user_config": terms}]
         path = folder / "bench.yaml"
         path.write_text(yaml.safe_dump(config))
         seen: dict[str, list[list[float]]] = {flood: [] for flood in FLOODS}

@@ -135,7 +135,7 @@ def serving(
     deployments: dict[str, Any] = yaml.safe_load(config.read_text())
     for application in deployments["applications"]:
         if application.get("route_prefix", "/") == "/":
-            application.setdefault("args", {}).setdefault("limits", UNLIMITED)
+            application.setdefault("deployments", [{"name": "ingress", "user_config": {"limits": UNLIMITED}}])
     deployments["http_options"] = {**deployments.get("http_options", {}), "host": HOST, "port": port}
     generated.write_text(yaml.safe_dump(deployments))
     ports = dict(zip(HAPROXY_PORTS, map(str, haproxy), strict=True))

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import typer
 
-from serve_app.cli import doctor, embed, keys, ledger, models, usage, workspaces
+from serve_app.cli import doctor, embed, keys, ledger, models, run, usage, workspaces
 from serve_app.cli.terminal import Commands
 
 EXIT_CODES = (
@@ -31,5 +31,6 @@ app.add_typer(keys.app, name="key")
 app.add_typer(ledger.app, name="ledger")
 app.add_typer(usage.app, name="usage")
 app.add_typer(models.app, name="models")
+app.command("run")(run.run)
 app.command("embed")(embed.embed)
 app.command("doctor")(doctor.doctor)

@@ -102,8 +102,7 @@ def _parts(it: Config) -> Iterator[Finding]:
         yield fail("config", "the applications name different stores", cure)
     if len({service.blobs for service in it.services if not isinstance(service, UsageSettings)}) > 1:
         yield fail("config", "ingress and idempotency name different blobs", "Give both the same folder.")
-    rates = [service.rates for service in it.services if isinstance(service, IngressSettings | UsageSettings)]
-    if any(other != rates[0] for other in rates):
+    if any(terms.rates != it.terms[0].rates for terms in it.terms):
         yield fail("config", "ingress and usage have different rates", "Give both the same rate card.")
 
 

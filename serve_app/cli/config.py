@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from serve_app.cli.terminal import Failed
 from serve_app.core.catalog import ModelSpec
-from serve_app.core.settings import IdempotencySettings, IngressSettings, StoreSettings
+from serve_app.core.settings import IdempotencySettings, IngressSettings, StoreSettings, Terms
 from serve_app.core.strict import StrictModel
 from serve_app.sinks.settings import UsageSettings
 
@@ -37,6 +37,7 @@ class Config:
     port: int = DEFAULT_PORT
     models: list[ModelSpec] = field(default_factory=list)
     services: list[StoreSettings] = field(default_factory=list)  # ingress, idempotency, usage
+    terms: list[Terms] = field(default_factory=list)  # of the ingress and of the usage actor
     faults: list[str] = field(default_factory=list)
     foreign: list[str] = field(default_factory=list)  # applications that are not ours
 
@@ -81,6 +82,8 @@ def _add(config: Config, application: dict[str, Any]) -> None:
         return
     try:
         settings = builder.model_validate(application.get("args") or {})
+        if isinstance(settings, IngressSettings | UsageSettings):
+            config.terms.append(Terms.model_validate(_user_config(application)))
     except ValidationError as error:
         config.faults.extend(f"application {name}: {_told(it)}" for it in error.errors(include_input=False))
         return
@@ -88,6 +91,12 @@ def _add(config: Config, application: dict[str, Any]) -> None:
         config.models.append(settings)
     elif isinstance(settings, StoreSettings):
         config.services.append(settings)
+
+
+def _user_config(application: dict[str, Any]) -> dict[str, Any]:
+    """Of its one deployment."""
+    found = [it.get("user_config") for it in application.get("deployments") or ()]
+    return next(filter(None, found), {})
 
 
 def _told(error: Any) -> str:

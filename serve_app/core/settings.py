@@ -1,7 +1,7 @@
 """What an operator may write into `deployments.yaml` besides models: the `args` of the ingress and of the two actors.
 
-Read once at start. `catalog.py` holds the model entry; `store` and `rates` must be the same for all three: a YAML
-anchor keeps them so.
+Read once at start, but for the terms: they are Serve's `user_config`, and change while everything runs. `catalog.py`
+holds the model entry; `store` must be the same for all three, the terms for two of them: a YAML anchor keeps them so.
 """
 
 from __future__ import annotations
@@ -35,6 +35,15 @@ class StoreSettings(StrictModel):
     """What Ray reserves for each process. Fractional, so that everything fits on a laptop."""
 
 
+class Terms(StrictModel):
+    """What workspaces pay and may do: the `user_config` of the ingress and of the usage actor."""
+
+    rates: RateCard = RateCard()
+    """Prices: see `core/pricing.py`."""
+    limits: Limits = Limits()
+    """Requests and tokens per minute, and shares of turns: see `core/plans.py`."""
+
+
 class IngressSettings(StoreSettings):
     """The `args` of the ingress application."""
 
@@ -55,10 +64,6 @@ class IngressSettings(StoreSettings):
     """Requests that one ingress works on at once."""
     cors_origins: tuple[str, ...] = ()
     """Web pages that browsers may let call this service: `https://app.example.com`, exactly as a browser sends it."""
-    rates: RateCard = RateCard()
-    """Prices: see `core/pricing.py`."""
-    limits: Limits = Limits()
-    """Requests and tokens per minute, and shares of turns: see `core/plans.py`."""
     patience_s: Annotated[float, Field(gt=0)] = 20.0
     """What a request waits for the store or an actor that is down, before it gets 503 `store_unavailable`."""
     duplicate_wait_s: Annotated[float, Field(ge=0)] = 30.0

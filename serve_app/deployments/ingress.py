@@ -8,13 +8,14 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 from starlette.applications import Starlette
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from serve_app import demo
 from serve_app.accounts import Accounts
-from serve_app.api import build_app
+from serve_app.api import Edge, build_app
 from serve_app.books import Books
 from serve_app.core.metrics import IngressMetrics
 from serve_app.core.settings import IngressSettings
@@ -23,6 +24,7 @@ from serve_app.deployments.logs import RequestLog, join_serve
 from serve_app.deployments.metrics import Exporter
 from serve_app.deployments.models import LiveModels
 from serve_app.deployments.nodes import check_nodes
+from serve_app.deployments.terms import LiveTerms
 from serve_app.service import Service
 from serve_app.stores import Store, is_local, open_store
 from serve_app.stores.blobs import Blobs
@@ -35,7 +37,10 @@ class IngressReplica:
     def __init__(self, settings: IngressSettings) -> None:
         join_serve()
         self._settings = settings
+        self._terms = LiveTerms()
         self._metrics = IngressMetrics()
+        self._service: Service | None = None
+        self._edge: Edge | None = None
 
     async def __serve_build_asgi_app__(self) -> ASGIApp:
         """Serve calls this once, on the replica's event loop, and serves what it returns."""
@@ -51,7 +56,8 @@ class IngressReplica:
             max_workspace_tokens=settings.max_workspace_tokens,
             load_wait_s=settings.load_wait_s,
         )
-        service = self.service(models, store)
+        service = self._service = self.service(models, store)
+        self._terms.follow(service.change)
         exporter, log = Exporter(self._metrics, models.measure), RequestLog()
 
         @asynccontextmanager
@@ -65,7 +71,7 @@ class IngressReplica:
             await service.close()
             await store.close()
 
-        app = build_app(
+        app = self._edge = build_app(
             service,
             max_body_bytes=settings.max_body_bytes,
             cors_origins=settings.cors_origins,
@@ -76,16 +82,26 @@ class IngressReplica:
         )
         return _without_request_id(app)
 
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this before the first request, and whenever the terms have changed."""
+        self._terms.read(user_config)
+
+    def drain(self) -> int:
+        """Nothing more is admitted. Requests under way: to be asked again until there are none."""
+        if self._service is None or self._edge is None:
+            return 0
+        self._service.leave()
+        return self._edge.under_way
+
     def service(self, models: LiveModels, store: Store) -> Service:
         """What answers the requests of this ingress."""
         settings = self._settings
         return Service(
             models,
             Accounts(store, now_ms=_now_ms, patience_s=settings.patience_s),
-            Throttle(store, settings.limits),
+            Throttle(store, self._terms.now.limits),
             Books(store, Clerks(), Blobs(Path(settings.blobs)), settings, self._metrics),
-            settings.rates,
-            settings.limits,
+            self._terms.now,
             now_ms=_now_ms,
             request_timeout_s=settings.request_timeout_s,
         )

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Awaitable, Callable
+from typing import Any
 
 from ray import serve
 from ray.serve.schema import ApplicationStatus
@@ -20,6 +21,7 @@ from serve_app.core.metrics import UsageMetrics
 from serve_app.deployments.logs import join_serve
 from serve_app.deployments.metrics import Exporter
 from serve_app.deployments.nodes import check_nodes
+from serve_app.deployments.terms import LiveTerms
 from serve_app.meter import Meter
 from serve_app.relay import Lag, Relay
 from serve_app.sinks import open_sink
@@ -40,10 +42,15 @@ class UsageReplica:
     def __init__(self, settings: UsageSettings) -> None:
         join_serve()
         self._settings = settings
+        self._terms = LiveTerms()
         self._opening = asyncio.Lock()
         self._relay: Relay | None = None
         self._metrics = UsageMetrics()
         self._tasks: list[asyncio.Task[None]] = []
+
+    def reconfigure(self, user_config: dict[str, Any]) -> None:
+        """Serve calls this before the first health check, and whenever the terms have changed."""
+        self._terms.read(user_config)
 
     async def check_health(self) -> None:
         """Starts the work, too. A part of it that ended makes the actor unhealthy, and Serve starts a new one."""
@@ -63,12 +70,12 @@ class UsageReplica:
         store = await open_store(self._settings.store)
         sinks = {sink.name: open_sink(sink, source=self._settings.source) for sink in self._settings.sinks}
         relay = self._relay = Relay(store, sinks, now_ms=_now_ms, sleep=asyncio.sleep)
-        meter, reserved = Meter(store, self._settings.rates), Reserved()
+        meter, reserved = Meter(store), Reserved()
         balance = Balance(store, now_ms=_now_ms)
         keep_ms = int(self._settings.keep_days * DAY_MS)
 
         async def look() -> None:
-            await meter.look(await reserved.cards(), _now_ms())
+            await meter.look(await reserved.cards(), self._terms.now.rates, _now_ms())
 
         async def trim() -> None:
             await relay.trim(keep_ms)

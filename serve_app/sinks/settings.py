@@ -9,7 +9,6 @@ from typing import Annotated
 
 from pydantic import ConfigDict, Field
 
-from serve_app.core.pricing import RateCard
 from serve_app.core.settings import StoreSettings
 from serve_app.sinks import SinkSettings
 
@@ -23,8 +22,6 @@ class UsageSettings(StoreSettings):
     """Where events go; each sink has a cursor of its own."""
     source: Annotated[str, Field(min_length=1)] = "/serve-app"
     """CloudEvents `source`, before the shard's number: tell two installations apart by it."""
-    rates: RateCard = RateCard()
-    """Prices of reserved GPU hours: the same as the ingress has."""
     keep_days: Annotated[float, Field(ge=2)] = 35.0
     """Delivered events stay in the store for so long."""
     meter_s: Annotated[float, Field(gt=0)] = 10.0

@@ -46,8 +46,7 @@ ADMINISTRATION = {
 
 
 def app_over(store: Store | None = None) -> Edge:
-    app = build_app(service_over(FakeModels(FakeModel()), store=store), max_body_bytes=10_000)
-    return cast(Edge, app)
+    return build_app(service_over(FakeModels(FakeModel()), store=store), max_body_bytes=10_000)
 
 
 def inner(edge: Edge) -> Starlette:

@@ -103,7 +103,7 @@ async def test_a_refused_call_is_not_billed(store: Store) -> None:
 
 
 def test_every_route_that_takes_a_key_can_be_given_to_one() -> None:
-    app: Any = build_app(service_over(FakeModels(FakeModel())), max_body_bytes=1000).app  # type: ignore[attr-defined]
+    app: Any = build_app(service_over(FakeModels(FakeModel())), max_body_bytes=1000).app
     paths = {route.path.partition("/{")[0] for route in app.routes if isinstance(route, Route)}
     assert paths - OPEN - {"/openapi.json"} == set(ENDPOINTS)
 

@@ -64,12 +64,20 @@ def spec(**fields: Any) -> ModelSpec:
     return ModelSpec.model_validate(TINY | fields)
 
 
-def write(folder: Path, *models: Mapping[str, Any], port: int = 0, args: Mapping[str, Any] | None = None) -> Path:
-    """A config with the three parts and these models. args: of a part, by its name."""
+def write(
+    folder: Path,
+    *models: Mapping[str, Any],
+    port: int = 0,
+    args: Mapping[str, Any] | None = None,
+    terms: Mapping[str, Any] | None = None,
+) -> Path:
+    """A config with the three parts and these models. args, terms: of a part, by its name."""
     applications = [
         {"name": part, "route_prefix": None, "import_path": f"serve_app.app:{part}", "args": (args or {}).get(part, {})}
         for part in PARTS
     ]
+    for part, user_config in (terms or {}).items():
+        applications[PARTS.index(part)]["deployments"] = [{"name": part, "user_config": user_config}]
     applications += [{"name": it["id"], "import_path": "serve_app.app:model", "args": dict(it)} for it in models]
     path = folder / "deployments.yaml"
     path.write_text(yaml.safe_dump({"http_options": {"port": port or free_port()}, "applications": applications}))
@@ -210,12 +218,23 @@ def test_a_part_that_is_missing_is_found(tmp_path: Path, part: str) -> None:
     [
         ({"ingress": {"store": "redis://a/0"}, "usage": {"store": "redis://b/0"}}, "different stores"),
         ({"ingress": {"blobs": "/a"}}, "different blobs"),
-        ({"usage": {"rates": {"version": "other"}}}, "different rates"),
     ],
 )
 def test_parts_that_disagree_are_found(tmp_path: Path, args: dict[str, Any], said: str) -> None:
     ((level, found),) = bad(checks.config(config.read(write(tmp_path, TINY, args=args))))
     assert (level, said in found) == (Level.FAIL, True)
+
+
+def test_terms(tmp_path: Path) -> None:
+    rates: dict[str, Any] = {"rates": {"version": "2027"}}
+    limits: dict[str, Any] = {"limits": {"plans": {}}}
+    assert bad(checks.config(config.read(write(tmp_path, TINY, terms={"ingress": rates, "usage": rates})))) == []
+    found = bad(checks.config(config.read(write(tmp_path, TINY, terms={"usage": rates}))))
+    assert found == [(Level.FAIL, "ingress and usage have different rates")]
+    ((level, said),) = bad(checks.config(config.read(write(tmp_path, TINY, terms={"ingress": limits}))))
+    assert (level, "limits.plans: no limits for pro" in said) == (Level.FAIL, True)
+    ((level, said),) = bad(checks.config(config.read(write(tmp_path, TINY, args={"ingress": rates}))))
+    assert (level, "unknown key 'rates'" in said) == (Level.FAIL, True)
 
 
 def test_models_and_applications_of_a_config(tmp_path: Path) -> None:

@@ -20,6 +20,7 @@ BROKEN = "redis://127.0.0.1:1/0"  # nothing listens there
 
 # By command, why it has no --json.
 WITHOUT_JSON = {
+    "run": "it becomes the service",
     "ledger export": "its --format says what it writes: JSON lines, or CSV",
 }
 # By command, why a store that does not answer is what it was asked to find.

@@ -86,9 +86,9 @@ def test_it_runs_as_the_user_that_the_pods_say() -> None:
 def test_its_command_is_a_process_that_gets_the_signals_and_its_config_is_there() -> None:
     (command,) = of("CMD")
     words = json.loads(command)
-    assert words[:2] == ["serve", "run"]
+    assert words[:2] == ["serve-app", "run"]
     assert words[-1] in copied()
-    assert of("ENTRYPOINT") == of("STOPSIGNAL") == []  # KubeRay's `ray start` drains at SIGTERM
+    assert of("ENTRYPOINT") == of("STOPSIGNAL") == []  # both this and KubeRay's `ray start` drain at SIGTERM
 
 
 def test_it_has_the_variables_of_scripts_serve() -> None:

@@ -111,12 +111,18 @@ class LiveServer:
         workspace = self.command("workspace", "create", "test", "--plan", "team").stdout.strip()
         return self.command("key", "create", workspace).stdout.strip()
 
-    def config(self, models: list[dict[str, Any]]) -> Path:
+    def config(self, models: list[dict[str, Any]], terms: dict[str, Any] | None = None) -> Path:
         """A Serve config of the ingress and these models."""
         sinks = [{"name": "files", "url": f"jsonl:{self.usage_folder}"}]
-        args = {"limits": UNLIMITED}  # tests ask faster than a plan allows
+        terms = {"limits": UNLIMITED} | (terms or {})  # tests ask faster than a plan allows
         apps: list[dict[str, Any]] = [
-            {"name": "ingress", "route_prefix": "/", "import_path": "serve_app.app:ingress", "args": args},
+            {
+                "name": "ingress",
+                "route_prefix": "/",
+                "import_path": "serve_app.app:ingress",
+                "args": {},
+                "deployments": [{"name": "ingress", "user_config": terms}],
+            },
             {"name": "idempotency", "route_prefix": None, "import_path": "serve_app.app:idempotency", "args": {}},
             {"name": "usage", "route_prefix": None, "import_path": "serve_app.app:usage", "args": {"sinks": sinks}},
         ]
@@ -138,23 +144,21 @@ class LiveServer:
     def start(self) -> None:
         environ = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | self._env
         self._run.mkdir(exist_ok=True)
-        # A background job of a script ignores SIGINT, and what it starts would, too.
-        signal.signal(signal.SIGINT, signal.default_int_handler)
         with self.log_path.open("wb") as log:
             self.process = subprocess.Popen(
-                ["serve", "run", str(self.config(self.models))],
+                ["serve-app", "run", str(self.config(self.models))],
                 env=environ,
                 cwd=self.folder,
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,
-                executable=str(Path(sys.executable).parent / "serve"),
+                executable=str(Path(sys.executable).parent / "serve-app"),
             )
         self.wait_until(lambda: self.states() == {entry["id"]: "ready" for entry in self.models}, START_S)
         self.key = self.key or self._make_key()
 
-    def stop(self) -> None:
-        self.process.send_signal(signal.SIGINT)
+    def stop(self, by: signal.Signals = signal.SIGINT) -> None:
+        self.process.send_signal(by)
         try:
             self.process.wait(60)
         finally:
@@ -164,7 +168,8 @@ class LiveServer:
             for process in left:
                 process.kill()
         shutil.rmtree(self._run, ignore_errors=True)
-        assert not left, f"still running after Ctrl-C: {left}"
+        assert not left, f"still running after {by.name}: {left}"
+        assert self.process.returncode == 0, self.log()[-3000:]
 
     def processes(self) -> list[psutil.Process]:
         """Everything that runs on behalf of this server, wherever it hangs in the process tree."""
@@ -221,10 +226,10 @@ class LiveServer:
         assert found, self.log()
         return found[0]
 
-    def deploy(self, models: list[dict[str, Any]]) -> None:
+    def deploy(self, models: list[dict[str, Any]], terms: dict[str, Any] | None = None) -> None:
         """`serve deploy`: the whole list, as an operator would."""
         serve = str(Path(sys.executable).parent / "serve")
-        command = [serve, "deploy", str(self.config(models)), "--address", self.dashboard]
+        command = [serve, "deploy", str(self.config(models, terms)), "--address", self.dashboard]
         subprocess.run(command, check=True, capture_output=True, env=os.environ | self._env, cwd=self.folder)
 
     def replica_pids(self) -> dict[str, list[int]]:

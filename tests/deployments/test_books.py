@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import concurrent.futures
 import os
 import signal
 import uuid
@@ -15,7 +16,7 @@ import openai
 import pytest
 
 from serve_app.sinks.jsonl import read
-from tests.deployments.conftest import MINILM, LiveServer
+from tests.deployments.conftest import FAST, MINILM, LiveServer
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(700)]
 
@@ -132,24 +133,29 @@ def test_usage_and_the_audit_agree(server: LiveServer, http: httpx.Client) -> No
     assert (audit.returncode, audit.stderr) == (0, ""), audit.stdout
 
 
-def test_a_replay_outlives_a_restart_of_everything(tmp_path: Path) -> None:
+def test_what_is_under_way_when_it_is_stopped_is_answered_and_replayed_after_a_restart(tmp_path: Path) -> None:
+    body = {"model": ID, "input": [f"{number} " * 250 for number in range(40)]}
+
+    def stopped_amid(server: LiveServer, names: list[str], by: signal.Signals) -> list[httpx.Response]:
+        def reply(name: str) -> httpx.Response:
+            headers = server.headers | {"Idempotency-Key": name}
+            return httpx.post(f"{server.url}/v1/embeddings", json=body, headers=headers, timeout=60)
+
+        with concurrent.futures.ThreadPoolExecutor(len(names)) as pool:
+            try:
+                server.start()
+                calls = [pool.submit(reply, name) for name in names]
+                server.wait_until(lambda: server.pending() > 3 * len(body["input"]), 30)  # all four, or four new ones
+            finally:
+                server.stop(by)
+            return [call.result() for call in calls]
+
+    old, new = [f"old-{it}" for it in range(4)], [f"new-{it}" for it in range(4)]
+    first = stopped_amid(LiveServer(tmp_path, [MINILM], FAST), old, signal.SIGTERM)
     server = LiveServer(tmp_path, [MINILM], {})
-    key, body = uuid.uuid4().hex, {"model": ID, "input": [f"text {n}" for n in range(100)]}
-
-    def reply() -> httpx.Response:
-        headers = server.headers | {"Idempotency-Key": key}
-        return httpx.post(f"{server.url}/v1/embeddings", json=body, headers=headers, timeout=60)
-
-    try:
-        server.start()
-        first = reply()
-    finally:
-        server.stop()
-    try:
-        server.start()
-        replay = reply()
-        audit = server.audit()
-        assert audit.returncode == 0, audit.stdout + audit.stderr
-    finally:
-        server.stop()
-    assert (first.status_code, is_replay(replay), replay.content == first.content) == (200, True, True)
+    second = stopped_amid(server, [*old, *new], signal.SIGINT)
+    assert [it.status_code for it in (*first, *second)] == [200] * 12
+    assert [is_replay(it) for it in (*first, *second)] == [False] * 4 + [True] * 4 + [False] * 4
+    assert [it.content for it in second[:4]] == [it.content for it in first]
+    audit = server.audit()
+    assert audit.returncode == 0, audit.stdout + audit.stderr

@@ -213,6 +213,30 @@ def test_a_model_comes_and_goes_and_the_others_do_not_notice(
     assert server.replica_pids() == before
 
 
+def test_prices_and_limits_change_and_no_process_does(server: LiveServer, client: openai.OpenAI) -> None:
+    before = server.replica_pids()
+    plans = {plan: {"requests_per_minute": 77_000_000} for plan in ("pro", "team", "enterprise")}
+
+    def told() -> tuple[str, str]:
+        reply = client.embeddings.with_raw_response.create(model=MINILM_ID, input="hello")
+        event = json.loads(server.command("ledger", "tail", "-n", "1", "--json").stdout)
+        return reply.headers["x-ratelimit-limit"], event["data"]["rate_card"]
+
+    usual = told()
+    with Loop(lambda: client.embeddings.create(model=MINILM_ID, input="hello")) as loop:
+        server.deploy(server.models, {"rates": {"version": "next"}, "limits": {"plans": plans}})
+        server.wait_until(lambda: told() == ("77000000", "next"), 30)
+        server.deploy(server.models, {"rates": {"version": "worse", "plans": {"pro": {"gpu_hour": "-1"}}}})
+        server.wait_until(
+            lambda: any("so the old terms stay" in it.read_text(errors="replace") for it in server.logs()), 30
+        )
+        assert told() == ("77000000", "next")
+        server.deploy(server.models)
+        server.wait_until(lambda: told() == usual, 30)
+    assert loop.errors == []
+    assert server.replica_pids() == before
+
+
 def test_a_killed_replica_is_replaced_and_retries_get_through(server: LiveServer) -> None:
     victim = server.replica_pids()["model-tiny-xlmr"][0]
     with openai.OpenAI(base_url=f"{server.url}/v1", api_key=server.key, max_retries=5) as sdk:

@@ -32,7 +32,7 @@ from serve_app.core.known import Task
 from serve_app.core.metrics import IngressMetrics
 from serve_app.core.packing import Packed, Share
 from serve_app.core.schema import ModelState
-from serve_app.core.settings import IngressSettings
+from serve_app.core.settings import IngressSettings, Terms
 from serve_app.core.truncation import Tokenized
 from serve_app.core.vectors import Vectors
 from serve_app.desk import Desk
@@ -269,18 +269,20 @@ def service_over(
     metrics: IngressMetrics | None = None,
     **settings: Any,
 ) -> Service:
-    """A service on real books. settings: of the ingress."""
+    """A service on real books. settings: of the ingress, its terms among them."""
     store = store or shared_store()
-    usual: dict[str, Any] = {"request_timeout_s": 30.0, "patience_s": 10.0, "limits": UNLIMITED}
+    usual: dict[str, Any] = {"request_timeout_s": 30.0, "patience_s": 10.0}
+    terms = Terms.model_validate(
+        {"limits": UNLIMITED} | {it: settings.pop(it) for it in Terms.model_fields if it in settings}
+    )
     chosen = IngressSettings(**usual | settings)
     folder = blobs or Path(tempfile.gettempdir()) / "no-blobs-here"
     return Service(
         models,
         Accounts(store, now_ms=clock, patience_s=chosen.patience_s),
-        Throttle(store, chosen.limits, now_us=lambda: 1000.0 * clock(), hold_s=hold_s),
+        Throttle(store, terms.limits, now_us=lambda: 1000.0 * clock(), hold_s=hold_s),
         Books(store, clerk or DeskClerk(store), Blobs(folder), chosen, metrics or IngressMetrics()),
-        chosen.rates,
-        chosen.limits,
+        terms,
         now_ms=clock,
         request_timeout_s=chosen.request_timeout_s,
     )

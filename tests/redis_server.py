@@ -59,6 +59,12 @@ class RedisServer:
             self._process.kill()
             self._process.wait()
 
+    def signal(self, number: int) -> None:
+        """If it runs."""
+        if self.running:
+            assert self._process is not None
+            self._process.send_signal(number)
+
     def stop(self) -> None:
         if self._process is not None:
             self._process.terminate()

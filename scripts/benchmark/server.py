@@ -70,9 +70,10 @@ class Server:
         return self._key.read_text().strip()
 
     def processes(self) -> list[psutil.Process]:
-        """All of it, now: the tree below `serve run`, and whatever else carries the mark."""
+        """All of it, now: the tree below `serve run`, and below whatever else carries the mark."""
         found = {process.pid: process for process in trees([self._driver.pid])}
-        found |= {process.pid: process for process in _marked(self._mark) if process.pid not in found}
+        marked = {process.pid: process for process in _marked(self._mark)}
+        found |= marked | {process.pid: process for process in trees(marked.keys() - found.keys())}
         self._seen.update(found.values())
         return list(found.values())
 
@@ -130,7 +131,7 @@ def serving(
 
     cluster: starts a Ray cluster with this environment, and returns its address; else `serve run` has one of its own.
     """
-    port, *haproxy = _free_ports(1 + len(HAPROXY_PORTS))
+    port, *haproxy = free_ports(1 + len(HAPROXY_PORTS))
     generated, log, mark = folder / "deployments.yaml", folder / "server.log", uuid.uuid4().hex
     deployments: dict[str, Any] = yaml.safe_load(config.read_text())
     for application in deployments["applications"]:
@@ -189,7 +190,7 @@ def settings() -> dict[str, str]:
     return {name: os.environ.get(name, value) for name, value in wanted.items()}
 
 
-def _free_ports(count: int) -> list[int]:
+def free_ports(count: int) -> list[int]:
     """Held open together, so that they differ."""
     with contextlib.ExitStack() as stack:
         held = [stack.enter_context(socket.socket()) for _ in range(count)]

@@ -1,7 +1,7 @@
-"""The service's builders around two subclasses: an ingress that is watched from outside, and an actor that is wrong.
+"""The service's builders around subclasses whose clocks can be stepped, one of which is watched, and one wrong.
 
-The first appends a line to a journal before each computation for a key, and changes nothing else. The second stores a
-reply first and its bill a moment later: the control, which the audit must find out.
+The ingress appends a line to a journal before each computation for a key, and changes nothing else. The wrong actor
+stores a reply first and its bill a moment later: the control, which the audit must find out.
 """
 
 # No `from __future__ import annotations`: Serve validates `args` against the builder's annotation if it is a type.
@@ -15,6 +15,7 @@ from typing import Any
 from ray import serve
 from ray.serve import Application
 
+from chaosrun import clock
 from serve_app import app
 from serve_app.books import Claim
 from serve_app.core.catalog import ModelCard
@@ -26,8 +27,10 @@ from serve_app.core.truncation import Tokenized
 from serve_app.deployments.idempotency import IdempotencyReplica
 from serve_app.deployments.ingress import IngressReplica
 from serve_app.deployments.models import LiveModels
+from serve_app.deployments.usage import UsageReplica
 from serve_app.dispatch import Encoded
 from serve_app.service import Call, Job, LiveModel, Service
+from serve_app.sinks.settings import UsageSettings
 from serve_app.stores import Store
 
 JOURNAL = "CHAOS_JOURNAL"  # in the environment of everything that the run starts: the file's path
@@ -67,6 +70,10 @@ class WatchedService(Service):
 
 
 class WatchedIngress(IngressReplica):
+    def __init__(self, settings: IngressSettings) -> None:
+        clock.can_be_stepped()
+        super().__init__(settings)
+
     def service(self, models: LiveModels, store: Store) -> Service:
         service = super().service(models, store)
         service.__class__ = WatchedService  # the product's own object, made as it makes it
@@ -98,7 +105,19 @@ class TornStore:
         return outcomes
 
 
-class TornIdempotency(IdempotencyReplica):
+class SteppedIdempotency(IdempotencyReplica):
+    def __init__(self, *arguments: Any) -> None:
+        clock.can_be_stepped()
+        super().__init__(*arguments)
+
+
+class SteppedUsage(UsageReplica):
+    def __init__(self, settings: UsageSettings) -> None:
+        clock.can_be_stepped()
+        super().__init__(settings)
+
+
+class TornIdempotency(SteppedIdempotency):
     async def store(self) -> Store:
         return TornStore(await super().store())
 
@@ -106,6 +125,16 @@ class TornIdempotency(IdempotencyReplica):
 def ingress(settings: IngressSettings) -> Application:
     app._ingress = serve.deployment(serve.ingress()(WatchedIngress))  # in this process: the one that builds
     return app.ingress(settings)
+
+
+def idempotency(settings: IdempotencySettings) -> Application:
+    app._idempotency = serve.deployment(SteppedIdempotency)
+    return app.idempotency(settings)
+
+
+def usage(settings: UsageSettings) -> Application:
+    app._usage = serve.deployment(SteppedUsage)
+    return app.usage(settings)
 
 
 def torn_idempotency(settings: IdempotencySettings) -> Application:

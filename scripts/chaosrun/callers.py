@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import itertools
 import random
+import sys
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
@@ -181,6 +182,8 @@ class Callers:
                 self._history.tries += answer.tries
                 self._history.statuses[f"{answer.status} {_code(answer)}".strip()] += 1
                 if not _again(answer):
+                    if answer.status == 200:
+                        self._history.answered_s.append(time.monotonic())
                     return answer
             await asyncio.sleep(pause_s * self._chance.uniform(0.5, 1.0))
             pause_s = min(2 * pause_s, LONGEST_PAUSE_S)
@@ -201,7 +204,9 @@ class Callers:
             reply = await embeddings.create(**fields, extra_headers=headers)
         except openai.APIStatusError as error:
             response, tries = error.response, 1 + SDK_RETRIES
+            self._gave_up(error)
         except openai.APIConnectionError as error:
+            self._gave_up(error)
             raise Lost(f"SDK {type(error).__name__}") from None
         else:
             response, tries = reply.http_response, 1 + reply.retries_taken
@@ -213,6 +218,10 @@ class Callers:
             seen_ns=time.monotonic_ns(),
             tries=tries,
         )
+
+    def _gave_up(self, error: openai.APIError) -> None:
+        self._history.gave_up_s.append(time.monotonic())
+        print(f"the SDK gave up: {error}", file=sys.stderr, flush=True)
 
     def _request(self, planned: Plan, body: bytes, id: str) -> bytes:
         api_key = self._tenants[planned.workspace].api_key

@@ -46,6 +46,10 @@ class History:
     statuses: Counter[str] = field(default_factory=Counter)
     faults: Counter[str] = field(default_factory=Counter)
     shown: list[str] = field(default_factory=list)
+    answered_s: list[float] = field(default_factory=list)
+    """When successes were seen, on the monotonic clock."""
+    gave_up_s: list[float] = field(default_factory=list)
+    """When the SDK raised an error after all its retries."""
 
     def fault(self, kind: str, what: str) -> None:
         self.faults[kind] += 1

@@ -1,6 +1,6 @@
-"""Kills with SIGKILL, by the seed: which kind when, spread evenly over the calls, one after the other is back.
+"""Which fault strikes when, by the seed: spread evenly over the calls, one after the other is over.
 
-The calls are held back to match, so that each kill meets a service at work.
+The calls are held back to match, so that each fault meets a service at work.
 """
 
 from __future__ import annotations
@@ -10,25 +10,30 @@ import random
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Protocol
 
-from chaosrun import ChaosError
+from chaosrun.faults import LOOK_S, Fault
 from chaosrun.history import History
-from chaosrun.installation import INGRESSES, Installation
 
-WEIGHTS = {"ingress": 3, "idempotency": 3, "redis": 3, "encoder": 2, "usage": 2}
-ONLY_IDEMPOTENCY = {"idempotency": 1}
-PATIENCE_S = 15.0  # then the next kind has its turn, though this one is not back
-GONE_S = 300.0  # a kind that is not back by then never will be
-LOOK_S = 0.2
-FIRST_CYCLE_S = 8.0  # from a kill to the next: until it was measured
+WEIGHTS = {
+    "ingress": 3,
+    "idempotency": 3,
+    "redis": 3,
+    "encoder": 2,
+    "usage": 2,
+    "haproxy": 1,
+    "controller": 1,
+    "node": 1,
+}
+PATIENCE_S = 15.0  # then the next kind has its turn, though this one is not over
+FIRST_CYCLE_S = 8.0  # from a fault to the next: until it was measured
 
 
-class Redis(Protocol):
-    def kill(self) -> None: ...
-    def start(self) -> None: ...
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Strike:
+    kind: str
+    at_s: float  # on the monotonic clock
 
 
 @dataclass(slots=True)
@@ -36,13 +41,36 @@ class Kills:
     """Of the run, so far."""
 
     wanted: int
-    by_kind: Counter[str] = field(default_factory=Counter)
-    back_s: dict[str, list[float]] = field(default_factory=dict)
+    strikes: list[Strike] = field(default_factory=list)
+    over_s: dict[str, list[float]] = field(default_factory=dict)
+    """By kind: how long it took from the strike to its end."""
     cycle_s: float = FIRST_CYCLE_S
 
     @property
+    def by_kind(self) -> Counter[str]:
+        return Counter(strike.kind for strike in self.strikes)
+
+    @property
     def left(self) -> int:
-        return self.wanted - self.by_kind.total()
+        return self.wanted - len(self.strikes)
+
+
+def in_turn(kinds: Sequence[str], times: int) -> list[str]:
+    """One of each, and again."""
+    return [*kinds] * times
+
+
+def at_random(faults: Mapping[str, Fault], kills: int, others: int, seed: int) -> list[str]:
+    """So many of both, each kind at least once where there are enough."""
+    chance = random.Random(f"{seed}:order")
+    order: list[str] = []
+    for deadly, count in ((True, kills), (False, others)):
+        kinds = [kind for kind, fault in faults.items() if fault.kills is deadly]
+        first = kinds[:count]
+        weights = [WEIGHTS.get(kind, 1) for kind in kinds]
+        order += first + chance.choices(kinds, weights, k=count - len(first))
+    chance.shuffle(order)
+    return order
 
 
 class Pace:
@@ -66,93 +94,51 @@ class Pace:
 class Killer:
     def __init__(
         self,
-        installation: Installation,
-        redis: Redis | None,
+        faults: Mapping[str, Fault],
+        order: Sequence[str],
         kills: Kills,
         history: History,
         *,
-        weights: Mapping[str, int],
         calls: int,
         seed: int,
         look: Callable[[], None],
     ) -> None:
-        """weights: how often which kind. look: called before each kill, while its victim still lives."""
-        self._installation = installation
-        self._redis = redis
+        """order: kinds. look: called before each strike, while its victim still lives."""
+        self._faults = faults
+        self._order = order
         self._kills = kills
         self._history = history
-        self._weights = weights
         self._calls = calls
         self._chance = random.Random(f"{seed}:kills")
         self._look = look
-        self._coming_back: dict[str, asyncio.Task[None]] = {}
+        self._going_on: dict[str, asyncio.Task[None]] = {}
 
     async def run(self) -> None:
-        """Until all are done and back."""
-        kinds = [kind for kind in self._weights if kind != "redis" or self._redis]
-        weights = [self._weights[kind] for kind in kinds]
-        order = kinds[: self._kills.wanted]  # each at least once
-        order += self._chance.choices(kinds, weights, k=self._kills.wanted - len(order))
-        self._chance.shuffle(order)
-        for number, kind in enumerate(order):
-            place = (number + self._chance.random()) / (self._kills.wanted + 1)
+        """Until all are done and over."""
+        for number, kind in enumerate(self._order):
+            place = (number + self._chance.random()) / (len(self._order) + 1)
             while self._history.begun < self._calls * place:  # noqa: ASYNC110 # calls need not know of kills
                 await asyncio.sleep(0.02)
-            await self._kill(kind)
-        for coming_back in self._coming_back.values():
-            await coming_back
+            await self._strike(kind)
+        for going_on in self._going_on.values():
+            await going_on
 
-    async def _kill(self, kind: str) -> None:
-        if before := self._coming_back.get(kind):
+    async def _strike(self, kind: str) -> None:
+        if before := self._going_on.get(kind):
             await before
         begun_s = time.monotonic()
-        if kind == "redis":
-            assert self._redis is not None
-            await asyncio.to_thread(self._redis.kill)
-            coming_back = self._redis_comes_back(self._redis)
-        else:
-            coming_back = self._comes_back(kind, await self._kill_replica(kind))
-        self._kills.by_kind[kind] += 1
-        task = self._coming_back[kind] = asyncio.create_task(coming_back)
+        await asyncio.to_thread(self._look)
+        over = await self._faults[kind].strike(self._chance)
+        strike = Strike(kind=kind, at_s=time.monotonic())
+        self._kills.strikes.append(strike)
+        print(f"{kind}: struck", file=sys.stderr, flush=True)
+        task = self._going_on[kind] = asyncio.create_task(self._until_over(strike, over))
         await asyncio.wait([task], timeout=PATIENCE_S)
         await asyncio.sleep(self._chance.uniform(0.1, 0.8))
         self._kills.cycle_s += (time.monotonic() - begun_s - self._kills.cycle_s) / 8
 
-    async def _kill_replica(self, kind: str) -> int:
-        """Its process id."""
-        until_s = time.monotonic() + GONE_S
-        while time.monotonic() < until_s:
-            await asyncio.to_thread(self._look)
-            victims = await asyncio.to_thread(self._installation.replicas, kind)
-            if victims:
-                victim = self._chance.choice(sorted(victims, key=lambda process: process.pid))
-                victim.kill()
-                return victim.pid
-            await asyncio.sleep(LOOK_S)
-        raise ChaosError(f"there was no {kind} replica to kill for {GONE_S:g} s")
-
-    async def _comes_back(self, kind: str, pid: int) -> None:
-        """As many run as before, and the killed one is not among them."""
-        killed_s = time.monotonic()
-        print(f"killed {kind} {pid}", file=sys.stderr, flush=True)
-        wanted = INGRESSES if kind == "ingress" else 1
-        while time.monotonic() < killed_s + GONE_S:
-            await asyncio.sleep(LOOK_S)
-            try:
-                running = await asyncio.to_thread(self._installation.running, kind)
-            except (OSError, ValueError, KeyError):
-                continue
-            if len(running - {pid}) >= wanted:
-                self._is_back(kind, killed_s)
-                return
-        raise ChaosError(f"{kind} is not back {GONE_S:g} s after it was killed")
-
-    async def _redis_comes_back(self, redis: Redis) -> None:
-        killed_s = time.monotonic()
-        await asyncio.to_thread(redis.start)
-        self._is_back("redis", killed_s)
-
-    def _is_back(self, kind: str, killed_s: float) -> None:
-        after_s = time.monotonic() - killed_s
-        self._kills.back_s.setdefault(kind, []).append(after_s)
-        print(f"{kind} is back after {after_s:.1f} s", file=sys.stderr, flush=True)
+    async def _until_over(self, strike: Strike, over: Awaitable[None]) -> None:
+        await over
+        after_s = time.monotonic() - strike.at_s
+        self._kills.over_s.setdefault(strike.kind, []).append(after_s)
+        print(f"{strike.kind}: over after {after_s:.1f} s", file=sys.stderr, flush=True)

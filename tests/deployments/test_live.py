@@ -13,6 +13,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -24,7 +25,7 @@ from sentence_transformers import SentenceTransformer
 from serve_app.core import keys
 from serve_app.core.catalog import ModelSpec
 from serve_app.encoders.sources import fetch
-from tests.checkpoints import prose
+from tests.checkpoints import make_checkpoint, prose
 from tests.deployments.conftest import MINILM, PASSWORD, LiveServer
 
 pytestmark = [pytest.mark.live, pytest.mark.timeout(700)]
@@ -211,6 +212,41 @@ def test_a_model_comes_and_goes_and_the_others_do_not_notice(
     assert loop.answers > 20
     assert {app: pids for app, pids in after.items() if app in before} == before
     assert server.replica_pids() == before
+
+
+def test_a_model_changes_under_load_and_no_answer_is_of_two(
+    server: LiveServer, client: openai.OpenAI, checkpoint: dict[str, Any], tmp_path: Path
+) -> None:
+    old = checkpoint | {"id": "changing", "name": "tests/Changing"}
+    new = old | {"source": str(make_checkpoint(tmp_path / "xlmr", "xlm-roberta", seed=1))}
+    many = texts(120)  # a dozen units
+    answers: list[tuple[str, Any]] = []
+    patient = client.with_options(max_retries=5)
+
+    def ask() -> None:
+        raw = patient.embeddings.with_raw_response.create(model="changing", input=many)
+        answers.append((raw.headers["x-model-fingerprint"], np.array([it.embedding for it in raw.parse().data])))
+
+    def served() -> str:
+        return answers[-1][0] if answers else ""
+
+    server.deploy([*server.models, old])
+    server.wait_until(lambda: server.states().get("changing") == "ready", 120)
+    with Loop(ask) as loop:
+        server.wait_until(lambda: bool(served()), 30)
+        first = served()
+        server.deploy([*server.models, new])
+        server.wait_until(lambda: served() != first, 120)
+        before = len(answers)
+        server.wait_until(lambda: len(answers) > before + 2, 30)
+    server.deploy(server.models)
+    assert loop.errors == []
+    own = {first: answers[0][1], served(): answers[-1][1]}
+    assert {fingerprint for fingerprint, _ in answers} == {*own}
+    for fingerprint, vectors in answers:
+        assert (vectors * own[fingerprint]).sum(axis=1).min() > 0.99
+    assert (own[first] * own[served()]).sum(axis=1).max() < 0.9
+    server.wait_until(lambda: "model-changing" not in server.replica_pids(), 60)
 
 
 def test_prices_and_limits_change_and_no_process_does(server: LiveServer, client: openai.OpenAI) -> None:

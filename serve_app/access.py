@@ -1,6 +1,6 @@
-"""What is told of each request once it is answered, whoever asked and however it ended: its metrics, and a log line.
+"""What is told of a request once it is answered, whoever asked and however it ended: metrics, a log line, its span.
 
-Nothing of what it held is in either: `Call` has the facts, `api.py` brings it here.
+Nothing of what it held is in any: `Call` has the facts, `api.py` brings it here.
 """
 
 from __future__ import annotations
@@ -12,12 +12,14 @@ from typing import Any
 from serve_app.core.metrics import IngressMetrics, lane_name
 from serve_app.core.settings import LogLevel
 from serve_app.service import Call
+from serve_app.tracing import Span
 
 Log = Callable[[Mapping[str, Any]], None]
 
 LEVELS: dict[LogLevel, int] = {"info": 0, "warning": 400, "error": 500, "off": 1000}  # from which status on
 HUNG_UP = 499  # nginx's word for a client that did not wait
 OTHER = "other"
+METHODS = frozenset({"GET", "HEAD", "POST", "PUT", "PATCH", "DELETE", "OPTIONS"})
 
 
 class Access:
@@ -49,6 +51,28 @@ class Access:
         self._count(call, route, code, status, total_s)
         if self._log is not None and status >= self._log_from_status and call.route not in self._unlogged:
             self._log(_line(call, route, code, status, total_s))
+
+    def describe(self, span: Span, method: str, call: Call, status: int) -> None:
+        """The span of a request that is traced, as far as a log line goes."""
+        route, code = self.route(call.route), _code(call, status)
+        method = method if method in METHODS else "_OTHER"
+        span.rename(f"{method} {route}")
+        span.tell(
+            {
+                "http.request.method": method,
+                "http.route": route,
+                "http.response.status_code": status,
+                "serve_app.code": code,
+                "serve_app.request_id": call.request_id,
+                "serve_app.workspace": call.caller.workspace.id if call.caller else None,
+                "serve_app.model": call.model or None,
+                "serve_app.inputs": call.inputs,
+                "serve_app.tokens": call.tokens,
+                "serve_app.replayed": call.replay_of is not None,
+            }
+        )
+        if status >= 500:
+            span.fail(code)
 
     def _count(self, call: Call, route: str, code: str, status: int, total_s: float) -> None:
         metrics = self._metrics

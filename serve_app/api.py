@@ -30,6 +30,7 @@ from starlette.routing import BaseRoute, Route
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from starlette.websockets import WebSocketClose
 
+from serve_app import tracing
 from serve_app.access import HUNG_UP, Access, Log
 from serve_app.core import schema
 from serve_app.core.errors import (
@@ -265,14 +266,17 @@ class Edge:
 
         way_in = self.cors_door if headers.get("origin") in self.cors_origins else self.door
         self.under_way += 1
-        try:
-            await way_in(scope, receive, send_with_headers)
-        except Exception:
-            if status == HUNG_UP:
-                raise  # nothing was said, not even by _broken
-        finally:
-            self.under_way -= 1
-            self.access.answered(call, status)
+        with tracing.NO_SPAN if call.route in OPEN else tracing.serving(headers) as span:
+            try:
+                await way_in(scope, receive, send_with_headers)
+            except Exception:
+                if status == HUNG_UP:
+                    raise  # nothing was said, not even by _broken
+            finally:
+                self.under_way -= 1
+                self.access.answered(call, status)
+                if span is not None:
+                    self.access.describe(span, scope["method"], call, status)
 
 
 class Door:

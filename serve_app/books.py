@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from typing import Protocol
 
+from serve_app import tracing
 from serve_app.accounts import Caller
 from serve_app.apart import apart
 from serve_app.core import idempotency, pricing
@@ -114,7 +115,8 @@ class Books:
     async def bill(self, workspace: Workspace, event: UsageEvent) -> None:
         """Durable when this returns. Raises PlanLimitExceeded (nothing is billed), StoreUnavailable."""
         step = Emit(event=event, cap_micros=workspace.monthly_cap_micros)
-        outcome = await patiently(lambda: self._write(step), for_s=self._settings.patience_s)
+        with tracing.span("store"):
+            outcome = await patiently(lambda: self._write(step), for_s=self._settings.patience_s)
         if isinstance(outcome, Capped):
             raise self._now_capped(workspace, event)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import Counter, OrderedDict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from serve_app import tracing
 from serve_app.core.idempotency import (
     Abandon,
     Begin,
@@ -46,24 +47,31 @@ class Desk:
         self._waiting: Counter[str] = Counter()
         self._news: dict[str, asyncio.Event] = {}  # by claim: something happened to it
 
-    async def run(self, steps: Sequence[ClaimStep]) -> list[Outcome]:
-        """Each step's outcome, durable. Raises StoreDown."""
-        return list(await asyncio.gather(*(self._run(step) for step in steps)))
+    async def run(self, steps: Sequence[ClaimStep], traces: Mapping[int, str] | None = None) -> list[Outcome]:
+        """Each step's outcome, durable. Raises StoreDown. traces: of the steps that have one, by their places."""
+        traces = traces or {}
+        return list(await asyncio.gather(*(self._run(step, traces.get(at)) for at, step in enumerate(steps))))
 
-    async def wait(self, step: Begin, wait_s: float) -> Outcome:
+    async def wait(self, step: Begin, wait_s: float, trace: str | None = None) -> Outcome:
         """As `run`, but while another attempt holds the claim, wait: at most so long, and not as one too many."""
         until_s = time.monotonic() + wait_s
-        while True:
-            outcome = await self._run(step)
-            left_s = until_s - time.monotonic()
-            if not isinstance(outcome, Busy) or left_s <= 0 or not self._may_wait(step.claim):
-                return outcome
-            await self._hear(step.claim, min(left_s, outcome.lease_left_ms / 1000, LOOK_AGAIN_S))
+        with tracing.span("wait", trace):
+            while True:
+                outcome = await self._run(step)
+                left_s = until_s - time.monotonic()
+                if not isinstance(outcome, Busy) or left_s <= 0 or not self._may_wait(step.claim):
+                    return outcome
+                await self._hear(step.claim, min(left_s, outcome.lease_left_ms / 1000, LOOK_AGAIN_S))
 
-    async def _run(self, step: ClaimStep) -> Outcome:
+    async def _run(self, step: ClaimStep, trace: str | None = None) -> Outcome:
+        with tracing.span(type(step).__name__.lower(), trace):
+            return await self._take(step)
+
+    async def _take(self, step: ClaimStep) -> Outcome:
         if isinstance(step, Begin) and (known := self._replies.find(step)):
             return known
-        outcome = await (self._claim if isinstance(step, Begin) else self._write)(step)
+        with tracing.span("store"):
+            outcome = await (self._claim if isinstance(step, Begin) else self._write)(step)
         if isinstance(step, Begin) and isinstance(outcome, Replay):
             self._replies.keep(step.claim, step.fingerprint, outcome)
         if isinstance(step, Complete | Abandon) and isinstance(outcome, Settled | Replay | Freed | Fenced | Capped):

@@ -16,6 +16,7 @@ from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass, field
 from typing import Any, Literal, Protocol
 
+from serve_app import tracing
 from serve_app.accounts import Accounts, Caller
 from serve_app.apart import apart
 from serve_app.books import Books, Claim
@@ -41,6 +42,7 @@ from serve_app.core.errors import (
 )
 from serve_app.core.known import Task
 from serve_app.core.ledger import UsageEvent, call_event_id
+from serve_app.core.metrics import lane_name
 from serve_app.core.packing import Packed, Share
 from serve_app.core.prompts import InputType, parted, prompt_for, prompted
 from serve_app.core.replies import Reply
@@ -181,15 +183,16 @@ class Service:
 
         Raises InvalidAPIKey, EndpointNotAllowed, RateLimitExceeded, and AtCapacity once nothing is admitted any more.
         """
-        call.caller = await self._accounts.authenticate(authorization)
-        if self._leaving:
-            raise AtCapacity("The service is shutting down.", retry_after_s=LEAVING_S)
-        if not call.caller.key.may_call(call.route):
-            raise EndpointNotAllowed("This API key may not call this endpoint.")
-        if call.route == MODELS or call.route.startswith(f"{MODELS}/"):
-            await self._throttle.look(call.caller)
-        else:
-            await self._throttle.admit(call.caller)
+        with tracing.span("admit"):
+            call.caller = await self._accounts.authenticate(authorization)
+            if self._leaving:
+                raise AtCapacity("The service is shutting down.", retry_after_s=LEAVING_S)
+            if not call.caller.key.may_call(call.route):
+                raise EndpointNotAllowed("This API key may not call this endpoint.")
+            if call.route == MODELS or call.route.startswith(f"{MODELS}/"):
+                await self._throttle.look(call.caller)
+            else:
+                await self._throttle.admit(call.caller)
 
     def leave(self) -> None:
         """From now on nothing is admitted, and it is not ready."""
@@ -262,7 +265,7 @@ class Service:
         await self._books.check_cap(workspace, self._month())
         reply = await self._compute(call, job)
         bill = self._bill(call, job, reply, id=call_event_id(workspace.id, call.id))
-        with _timing_settlement(call):
+        with _settling(call):
             await self._books.bill(workspace, bill)
         return reply
 
@@ -270,12 +273,13 @@ class Service:
         """With one: the first success is computed and billed, and for 24 hours it is the answer to every repetition."""
         canonical = schema.canonical(job.request)
         reply_bytes = (4 * job.dimensions + WARNING_BYTES) * job.inputs
-        claim = await self._books.begin(job.caller, call.route, key, canonical, reply_bytes)
+        with tracing.span("claim"):
+            claim = await self._books.begin(job.caller, call.route, key, canonical, reply_bytes)
         if isinstance(claim, Reply):
             call.replay_of, call.fingerprint = claim.request_id, claim.fingerprint
             return claim
         call.read_timeout_s = math.inf  # if the client hangs up, it comes again
-        return await asyncio.shield(apart(self._fulfil(call, job, claim)))
+        return await asyncio.shield(apart(tracing.carry(self._fulfil(call, job, claim))))
 
     async def _fulfil(self, call: Call, job: Job, claim: Claim) -> Reply:
         try:
@@ -284,7 +288,7 @@ class Service:
                     await self._books.check_cap(job.caller.workspace, self._month())
                 reply = await self._compute(call, job)
                 bill = self._bill(call, job, reply, id=claim.op, claim=claim.id)
-                with _timing_settlement(call):
+                with _settling(call):
                     return await self._books.settle(job.caller.workspace, claim, reply, bill)
         except BaseException:
             self._books.release(claim)
@@ -420,7 +424,8 @@ class Service:
 
     async def _tokenize(self, call: Call, under_way: Awaitable[Tokenized]) -> Tokenized:
         started_s = time.perf_counter()
-        tokenized = await under_way
+        with tracing.span("tokenize"):
+            tokenized = await under_way
         call.tokenize_s = time.perf_counter() - started_s
         call.inputs, call.tokens = len(tokenized.packed.lengths), tokenized.packed.tokens
         return tokenized
@@ -429,15 +434,19 @@ class Service:
         workspace = job.caller.workspace
         within_s = min(self._request_timeout_s, call.read_timeout_s) - (time.perf_counter() - call.started_s)
         share = Share(workspace=workspace.id, weight=self._terms.limits.weight(workspace.plan), within_s=within_s)
-        encoded = await job.model.encode(tokenized.packed, share, no_store=call.no_store)
+        with tracing.span("encode") as span:
+            encoded = await job.model.encode(tokenized.packed, share, no_store=call.no_store)
+            if span is not None and encoded.express is not None:
+                span.tell({"serve_app.lane": lane_name(encoded.express)})
         call.queue_s, call.compute_s, call.express = encoded.queue_s, encoded.compute_s, encoded.express
         return encoded
 
 
 @contextmanager
-def _timing_settlement(call: Call) -> Iterator[None]:
+def _settling(call: Call) -> Iterator[None]:
     started_s = time.perf_counter()
-    yield
+    with tracing.span("settle"):
+        yield
     call.settle_s = time.perf_counter() - started_s
 
 

@@ -16,11 +16,12 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 from ray import serve
 
+from serve_app import tracing
 from serve_app.core.catalog import ModelCard, ModelSpec
 from serve_app.core.metrics import EncoderMetrics, lane_name
 from serve_app.core.packing import Packed, TokenIds
@@ -29,7 +30,7 @@ from serve_app.deployments.gate import Gate, Run
 from serve_app.deployments.load import Load
 from serve_app.deployments.logs import join_serve
 from serve_app.deployments.metrics import Exporter
-from serve_app.dispatch import Unit, UnitReply
+from serve_app.dispatch import TracedUnit, Unit, UnitReply
 from serve_app.encoders import Encoder, open_encoder, self_test
 
 STUCK_S = 600.0  # far beyond any batch that callers still wait for: their deadline is two minutes
@@ -96,7 +97,11 @@ class EncoderReplica:
         if unit.fingerprint != self._encoder.card.fingerprint:
             raise OtherFingerprint(self._encoder.card.fingerprint)
         self._load.heard(unit)
-        return await self._gates[unit.express].submit(unit)
+        gate = self._gates[unit.express]
+        if not isinstance(unit, TracedUnit):
+            return await gate.submit(unit)
+        with tracing.spans("unit", unit.traces, model=self._encoder.card.name, lane=lane_name(unit.express)) as traces:
+            return await gate.submit(replace(unit, traces=traces))
 
     async def record_autoscaling_stats(self) -> dict[str, float]:
         """Serve asks for it, and hands it to `core/scaling.py`."""
@@ -126,7 +131,10 @@ class EncoderReplica:
     async def _forward(self, express: bool, units: list[Unit]) -> list[UnitReply | Exception]:
         """One batch. Exceptions are returned, not raised: a raised one would fail every unit of the batch."""
         started_s, thread = time.perf_counter(), self._threads[express]
-        replies = await asyncio.get_running_loop().run_in_executor(thread, encode_units, self._encoder.encode, units)
+        loop, tokens = asyncio.get_running_loop(), sum(unit.packed.tokens for unit in units)
+        traces = [trace for unit in units if isinstance(unit, TracedUnit) for trace in unit.traces]
+        with tracing.spans("forward", traces, units=len(units), tokens=tokens):
+            replies = await loop.run_in_executor(thread, encode_units, self._encoder.encode, units)
         self._count(express, np.concatenate([unit.packed.lengths for unit in units]), time.perf_counter() - started_s)
         return replies
 

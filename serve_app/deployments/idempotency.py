@@ -16,6 +16,7 @@ from typing import Any
 from ray import serve
 from ray.serve.handle import DeploymentHandle, DeploymentResponse
 
+from serve_app import tracing
 from serve_app.core.idempotency import Begin, ClaimStep, Outcome
 from serve_app.core.settings import IdempotencySettings
 from serve_app.deployments.logs import join_serve
@@ -31,6 +32,8 @@ BATCH = 32  # steps in one call: at most 64 KiB of a reply each, and gRPC takes 
 CALL_S = 5.0  # a call that is not answered by then is made again: the actor may have died with it
 
 _SHARD = re.compile(r"idempotency:(\d+)-of-(\d+)")
+
+_Traced = tuple[ClaimStep, str | None]  # a step, and the trace that it belongs to
 
 logger = logging.getLogger(__name__)
 
@@ -51,11 +54,11 @@ class IdempotencyReplica:
         self._desk: Desk | None = None
         self._opening = asyncio.Lock()
 
-    async def run(self, steps: list[ClaimStep]) -> list[Outcome]:
-        return await (await self._open()).run(steps)
+    async def run(self, steps: list[ClaimStep], traces: dict[int, str] | None = None) -> list[Outcome]:
+        return await (await self._open()).run(steps, traces)
 
-    async def wait(self, step: Begin, wait_s: float) -> Outcome:
-        return await (await self._open()).wait(step, wait_s)
+    async def wait(self, step: Begin, wait_s: float, trace: str | None = None) -> Outcome:
+        return await (await self._open()).wait(step, wait_s, trace)
 
     async def _open(self) -> Desk:
         async with self._opening:
@@ -97,16 +100,17 @@ class Clerks:
 
     def __init__(self) -> None:
         self._handles: list[DeploymentHandle] = []
-        self._gathers: list[Gather[ClaimStep, Outcome]] = []
+        self._gathers: list[Gather[_Traced, Outcome]] = []
         self._finding = asyncio.Lock()
 
     async def run(self, step: ClaimStep) -> Outcome:
         await self._find()
-        return await self._gathers[self._shard(step)](step)
+        return await self._gathers[self._shard(step)]((step, tracing.here()))
 
     async def wait(self, step: Begin, wait_s: float) -> Outcome:
         await self._find()
-        response = self._handles[self._shard(step)].wait.remote(step, wait_s)
+        asked, trace = (step, wait_s), tracing.here()
+        response = self._handles[self._shard(step)].wait.remote(*asked if trace is None else (*asked, trace))
         outcome: Outcome = await _answer(response, wait_s + CALL_S)
         return outcome
 
@@ -124,8 +128,10 @@ class _Call:
     def __init__(self, handle: DeploymentHandle) -> None:
         self._handle = handle
 
-    async def __call__(self, steps: list[ClaimStep]) -> list[Outcome]:
-        outcomes: list[Outcome] = await _answer(self._handle.run.remote(steps), CALL_S)
+    async def __call__(self, items: list[_Traced]) -> list[Outcome]:
+        steps = [step for step, _ in items]
+        traces = {at: trace for at, (_, trace) in enumerate(items) if trace is not None}
+        outcomes: list[Outcome] = await _answer(self._handle.run.remote(steps, *[traces] if traces else []), CALL_S)
         return outcomes
 
 

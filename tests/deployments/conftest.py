@@ -25,6 +25,7 @@ import pytest
 import yaml
 
 from tests.checkpoints import make_checkpoint
+from tests.deployments.collector import Collector
 from tests.redis_server import RedisServer
 from tests.service.fakes import UNLIMITED
 
@@ -56,9 +57,16 @@ class LiveServer:
     """`serve run` in a process of its own. Everything it starts is gone after `stop`."""
 
     def __init__(
-        self, folder: Path, models: list[dict[str, Any]], env: dict[str, str], store: str | None = None
+        self,
+        folder: Path,
+        models: list[dict[str, Any]],
+        env: dict[str, str],
+        store: str | None = None,
+        collector: Collector | None = None,
     ) -> None:
+        """collector: of the spans of requests with a `traceparent` that says so, and of no others."""
         self.folder = folder
+        self.collector = collector
         self.store = store or f"sqlite:{folder}/data/serve-app.db"
         self.key = ""
         self.port = free_port()
@@ -81,6 +89,8 @@ class LiveServer:
             "RAY_SERVE_HAPROXY_STATS_PORT": str(free_port()),
             "RAY_SERVE_FALLBACK_PROXY_HTTP_PORT": str(free_port()),
         }
+        if collector is not None:
+            self._env |= {"OTEL_EXPORTER_OTLP_ENDPOINT": collector.url, "OTEL_BSP_SCHEDULE_DELAY": "100"}
         self.log_path = folder / "serve.log"
 
     @property
@@ -130,16 +140,19 @@ class LiveServer:
         for entry in models:
             name = f"model-{entry['id']}"
             apps.append({"name": name, "route_prefix": None, "import_path": "serve_app.app:model", "args": entry})
+        content = {
+            "http_options": {"host": "127.0.0.1", "port": self.port},
+            "logging_config": {"enable_access_log": False, "encoding": "JSON"},
+            "applications": apps,
+        }
+        if self.collector is not None:
+            content["tracing_config"] = {
+                "enabled": True,
+                "exporter_import_path": "serve_app.deployments.tracing:otlp",
+                "sampling_ratio": 0.0,
+            }
         path = self.folder / f"{uuid.uuid4().hex}.yaml"
-        path.write_text(
-            yaml.safe_dump(
-                {
-                    "http_options": {"host": "127.0.0.1", "port": self.port},
-                    "logging_config": {"enable_access_log": False, "encoding": "JSON"},
-                    "applications": apps,
-                }
-            )
-        )
+        path.write_text(yaml.safe_dump(content))
         return path
 
     def start(self) -> None:
@@ -276,12 +289,13 @@ def server(
     redis = RedisServer(tmp_path_factory.mktemp("redis"), requirepass=PASSWORD)
     if fast:
         redis.start()
-    models = [MINILM, MINILM_FLOAT32, checkpoint]
-    live = LiveServer(folder, models, FAST if fast else {}, redis.url if fast else None)
+    models, collector = [MINILM, MINILM_FLOAT32, checkpoint], Collector()
+    live = LiveServer(folder, models, FAST if fast else {}, redis.url if fast else None, collector)
     try:
         live.start()
         yield live
     finally:
         live.stop()
+        collector.close()
         if fast:
             redis.stop()

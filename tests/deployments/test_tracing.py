@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import secrets
 import sys
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
 from typing import Any
 
+import httpx
 import pytest
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export.in_memory_span_exporter import InMemorySpanExporter
@@ -20,6 +22,8 @@ from serve_app.deployments.tracing import SCOPE, OursOnly, _name_process, otlp
 from serve_app.desk import Desk
 from serve_app.dispatch import TracedUnit, Unit, UnitReply
 from serve_app.stores import open_store
+from tests.deployments.collector import Collected
+from tests.deployments.conftest import MINILM, LiveServer
 from tests.deployments.test_encode_units import CARD, ENTRY, FakeEncoder, unit
 from tests.spans import CLIENT, SAMPLED, Spans, recorded
 from tests.stores.steps import begin, complete
@@ -142,3 +146,58 @@ def test_without_the_package_a_replica_says_what_to_install(monkeypatch: pytest.
     with pytest.raises(ImportError, match=r"pip install 'serve-app\[tracing\]'"):
         otlp()
     assert tracing._tracer is None
+
+
+MARKER = "xyzzy-plugh-4127"
+THROUGH_ALL = {
+    "POST /v1/embeddings": "",
+    "admit": "POST /v1/embeddings",
+    "claim": "POST /v1/embeddings",
+    "tokenize": "POST /v1/embeddings",
+    "encode": "POST /v1/embeddings",
+    "settle": "POST /v1/embeddings",
+    "begin": "claim",
+    "queue": "encode",
+    "dispatch": "encode",
+    "unit": "dispatch",
+    "forward": "unit",
+    "complete": "settle",
+}
+
+
+def ask(server: LiveServer, headers: dict[str, str]) -> httpx.Response:
+    body = {"model": MINILM["id"], "input": MARKER, "user": MARKER}
+    return httpx.post(f"{server.url}/v1/embeddings", json=body, headers=server.headers | headers, timeout=60)
+
+
+def traced(server: LiveServer, names: set[str], **headers: str) -> list[Collected]:
+    """The spans of one request, once those of these names are there."""
+    assert server.collector is not None
+    collector, trace = server.collector, secrets.token_hex(16)
+    answer = ask(server, {"traceparent": f"00-{trace}-{CLIENT}-01", "Idempotency-Key": MARKER, **headers})
+    assert answer.status_code in (200, 401)
+    server.wait_until(lambda: names <= {span.name for span in collector.spans(trace)}, 20)
+    return collector.spans(trace)
+
+
+@pytest.mark.live
+@pytest.mark.timeout(700)
+def test_one_request_is_one_trace_through_ingress_encoder_and_actor(server: LiveServer) -> None:
+    assert server.collector is not None
+    assert ask(server, {}).status_code == 200  # not sampled
+    found = traced(server, {*THROUGH_ALL}, **{"Idempotency-Key": f"{MARKER}-first"})
+    names = {span.id: span.name for span in found} | {CLIENT: ""}
+    assert {span.name: names[span.parent] for span in found if span.name != "store"} == THROUGH_ALL
+    assert [names[span.parent] for span in found if span.name == "store"] == ["begin", "complete"]
+    where = {span.name: (span.service, span.instance) for span in found}
+    assert where["POST /v1/embeddings"][0] == "serve-app.ingress"
+    assert where["unit"][0] == where["forward"][0] == f"serve-app.model-{MINILM['id']}"
+    assert where["begin"][0] == where["complete"][0] == "serve-app.idempotency"
+    assert len({*where.values()}) == 3
+    replay = traced(server, {"POST /v1/embeddings"}, **{"Idempotency-Key": f"{MARKER}-first"})
+    assert replay[0].facts["serve_app.replayed"] is True
+    refused = traced(server, {"POST /v1/embeddings"}, Authorization=f"Bearer {MARKER}")
+    assert refused[0].facts["http.response.status_code"] == 401
+    assert {span.trace for span in server.collector.all()} == {it[0].trace for it in (found, replay, refused)}
+    for secret in (MARKER, server.key):
+        assert secret.encode() not in server.collector.raw

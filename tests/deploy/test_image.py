@@ -56,6 +56,12 @@ def test_every_package_is_at_the_version_that_was_tested() -> None:
     assert CONSTRAINTS["torch"] == "2.13.0"
 
 
+def test_tracing_can_be_switched_on_in_it() -> None:
+    extras = PROJECT["optional-dependencies"]
+    assert of("RUN")[-1].endswith('".[tracing]"')
+    assert {re.split("[>=]", it)[0] for it in extras["tracing"]} <= CONSTRAINTS.keys()
+
+
 def test_its_python_is_one_that_the_project_takes() -> None:
     (base,) = of("FROM")
     assert base == "python:3.11-slim-bookworm"

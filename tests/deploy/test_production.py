@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+import re
 from collections import Counter
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from serve_app.cli.config import BUILDERS
 from serve_app.core.catalog import ModelSpec, Source
 from serve_app.core.known import KNOWN, Task
 from serve_app.core.settings import IdempotencySettings, IngressSettings
+from serve_app.deployments import tracing
 from tests.deploy.manifests import DEPLOY, PRODUCTION, ROOT
 
 CONFIGS = [ROOT / "deployments.yaml", DEPLOY / "gpu.yaml", DEPLOY / "one-gpu.yaml", PRODUCTION]
@@ -59,6 +62,22 @@ def test_serve_and_the_service_take_every_config(path: Path) -> None:
     for application in content["applications"]:
         name = application["import_path"]
         getattr(app, name.partition(":")[2])(BUILDERS[name].model_validate(application["args"]))
+
+
+@pytest.mark.parametrize("path", [ROOT / "deployments.yaml", PRODUCTION], ids=lambda path: path.name)
+def test_tracing_is_off_until_its_comment_is_taken_away(path: Path) -> None:
+    text = path.read_text()
+    assert "tracing_config" not in yaml.safe_load(text)
+    block = re.search(r"^# tracing_config:.*\n(?:#   .*\n)+", text, re.MULTILINE)
+    assert block
+    content = yaml.safe_load(text.replace(block[0], re.sub("^# ", "", block[0], flags=re.MULTILINE)))
+    assert serve_takes(content)
+    assert content["tracing_config"] == {
+        "enabled": True,
+        "exporter_import_path": f"{tracing.__name__}:{tracing.otlp.__name__}",
+        "sampling_ratio": 0.01,
+    }
+    assert not inspect.signature(tracing.otlp).parameters  # Serve calls it without any
 
 
 @pytest.mark.parametrize(("right", "wrong"), BREAKS)

@@ -6,8 +6,10 @@ import asyncio
 import secrets
 import sys
 import warnings
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextvars import Context
 from dataclasses import replace
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -31,7 +33,7 @@ from tests.stores.steps import begin, complete
 with warnings.catch_warnings():
     warnings.simplefilter("ignore")  # Ray's own: it still declares pydantic fields the old way
     from serve_app.deployments.encoder import EncoderReplica
-    from serve_app.deployments.idempotency import _Call
+    from serve_app.deployments.idempotency import Clerks, _Call
 
 OTHER = f"00-{'7' * 32}-{CLIENT}-01"
 
@@ -93,22 +95,36 @@ async def test_only_steps_that_are_traced_take_a_trace_to_the_actor(tmp_path: An
     desk = Desk(store, cache_bytes=1_000_000, waiters_per_key=10, waiters=10)
     called: list[tuple[Any, ...]] = []
 
-    class Handle:
-        @property
-        def run(self) -> Handle:
-            return self
+    class Method:
+        """In a context of its own, as in another process."""
+
+        def __init__(self, method: Callable[..., Any]) -> None:
+            self._method = method
 
         def remote(self, *arguments: Any) -> Any:
             called.append(arguments)
-            return desk.run(*arguments)
+            return asyncio.get_running_loop().create_task(self._method(*arguments), context=Context())
 
-    call = _Call(Handle())
-    first, second = begin(), begin(claim="other", attempt="other")
+    handle = SimpleNamespace(run=Method(desk.run), wait=Method(desk.wait))
+    call = _Call(handle)
+    first, second = begin(), begin(claim="feed", attempt="other")
     outcomes = await call([(first, None), (second, SAMPLED["traceparent"])])
     assert [type(it) for it in outcomes] == [Proceed, Proceed]
     assert await call([(complete(), None)]) == [Settled()]
     assert called == [([first, second], {1: SAMPLED["traceparent"]}), ([complete()],)]
     assert spans.tree() == {"client": ["begin"], "begin": ["store"]}
+    called.clear()
+    clerks = Clerks()
+    clerks._handles = [handle]
+    assert isinstance(await clerks.wait(second, 0.01), Proceed)
+    with tracing.span("claim", OTHER):
+        assert isinstance(await clerks.wait(second, 0.01), Proceed)
+    ((*untraced,), (*alike, trace)) = called
+    assert untraced == alike == [second, 0.01]
+    (wait,), (claim,) = spans.named("wait"), spans.named("claim")
+    assert trace == f"00-{'7' * 32}-{claim.context.span_id:016x}-01"
+    assert wait.parent is not None
+    assert wait.parent.span_id == claim.context.span_id
     await store.close()
 
 

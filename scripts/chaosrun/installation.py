@@ -202,6 +202,7 @@ def _surroundings(root: Path, folder: Path) -> dict[str, str]:
         "PYTHONPATH": str(root / "scripts"),
         "RAY_TMPDIR": str(folder),
         "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": "1",
+        "RAY_health_check_period_ms": "1000",
         "RAY_SERVE_HAPROXY_CONFIG_FILE_LOC": str(folder / "haproxy.cfg"),
         "RAY_SERVE_HAPROXY_SOCKET_PATH": str(folder / "admin.sock"),
         "RAY_SERVE_HAPROXY_SERVER_STATE_BASE": str(folder),

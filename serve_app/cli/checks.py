@@ -34,6 +34,7 @@ RAY_SETTINGS = {
     "RAY_SERVE_PROXY_HEALTH_CHECK_PERIOD_S": ("1", True, "a dead proxy is back in seconds"),
     "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": ("1", True, "an end that waits for requests, not for a timer"),
     "RAY_SERVE_REPLICA_AUTOSCALING_METRIC_PUSH_INTERVAL_S": ("2", False, "replicas follow the load within seconds"),
+    "RAY_health_check_period_ms": ("1000", False, "a dead node is noticed after 5 s, not 15"),
     "RAY_worker_niceness": ("0", False, "workers at the priority of everything else"),
     "RAY_USAGE_STATS_ENABLED": ("0", False, "nothing is reported to anybody"),
 }

@@ -42,6 +42,7 @@ Exit status 0: every success was billed once, and nothing was computed again aft
 runs a build that stores reply and bill one after the other: 0 if the audit noticed.
 """
 PROGRESS_S = 5.0
+PATIENCE_HELP = "then another kind has its turn, though the one before is not over (default: 15 s)"
 
 T = TypeVar("T")
 
@@ -73,6 +74,7 @@ def _parse(arguments: Sequence[str]) -> argparse.Namespace:
     add("--each", type=int, metavar="N", help="N faults of each kind, in turn, in place of --kills and --others")
     add("--only", metavar="KINDS", help="of the kinds in --each, these: ingress,node")
     add("--nodes", type=int, default=1, help="two or more: a Ray cluster, of a head and workers (--store redis)")
+    add("--patience", type=float, default=15.0, metavar="S", help=PATIENCE_HELP)
     add("--seed", type=int, default=1, help="of the calls and of the kills (default: 1)")
     add("--in-flight", type=int, default=32, metavar="N", help="logical calls at a time (default: 32)")
     add("--control", action="store_true", help="a build that is not atomic: the audit must fail")
@@ -104,7 +106,16 @@ def _run(options: argparse.Namespace, root: Path) -> int:
             kinds = faults.kinds(installation, redis)
             order = _order(options, kinds)
             kills = Kills(wanted=len(order))
-            killer = Killer(kinds, order, kills, history, calls=options.calls, seed=options.seed, look=spent.look)
+            killer = Killer(
+                kinds,
+                order,
+                kills,
+                history,
+                calls=options.calls,
+                seed=options.seed,
+                patience_s=options.patience,
+                look=spent.look,
+            )
             asyncio.run(_calls_and_kills(root, options, installation, tenants, killer, kills, history, spent))
         verdict = asyncio.run(_verdict(installation, history))
     head: dict[str, object] = {

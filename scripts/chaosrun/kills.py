@@ -26,7 +26,6 @@ WEIGHTS = {
     "controller": 1,
     "node": 1,
 }
-PATIENCE_S = 15.0  # then the next kind has its turn, though this one is not over
 FIRST_CYCLE_S = 8.0  # from a fault to the next: until it was measured
 
 
@@ -101,15 +100,20 @@ class Killer:
         *,
         calls: int,
         seed: int,
+        patience_s: float,
         look: Callable[[], None],
     ) -> None:
-        """order: kinds. look: called before each strike, while its victim still lives."""
+        """order: kinds. patience_s: then the next kind has its turn, though this one is not over.
+
+        look: called before each strike, while its victim still lives.
+        """
         self._faults = faults
         self._order = order
         self._kills = kills
         self._history = history
         self._calls = calls
         self._chance = random.Random(f"{seed}:kills")
+        self._patience_s = patience_s
         self._look = look
         self._going_on: dict[str, asyncio.Task[None]] = {}
 
@@ -133,7 +137,7 @@ class Killer:
         self._kills.strikes.append(strike)
         print(f"{kind}: struck", file=sys.stderr, flush=True)
         task = self._going_on[kind] = asyncio.create_task(self._until_over(strike, over))
-        await asyncio.wait([task], timeout=PATIENCE_S)
+        await asyncio.wait([task], timeout=self._patience_s)
         await asyncio.sleep(self._chance.uniform(0.1, 0.8))
         self._kills.cycle_s += (time.monotonic() - begun_s - self._kills.cycle_s) / 8
 

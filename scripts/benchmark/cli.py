@@ -25,9 +25,11 @@ from benchmark import (
     machine,
     memory,
     neighbours,
+    overload,
     render,
     revocation,
     scaling,
+    soak,
 )
 from benchmark.ceiling import Ceiling
 from benchmark.client import Route
@@ -50,8 +52,9 @@ workspace does to the others, `scripts/bench bulk` kills `serve-app embed` and m
 how long a revoked key goes on working, `scripts/bench curves` what texts and tokens cost against requests in flight,
 texts a request and tokens a text, `scripts/bench memory` what each kind of process takes and where a start's time goes,
 `scripts/bench render` what JSON costs beside the model, `scripts/bench growth` how replicas and nodes come and go with
-the load, `scripts/bench scaling` how throughput grows with simulated replicas, `scripts/bench
-encoder` measures the encoder alone, without Ray.
+the load, `scripts/bench overload` what is answered and refused when three times as much comes as fits, `scripts/bench
+scaling` how throughput grows with simulated replicas, `scripts/bench soak` what grows in hours at a part of the most,
+`scripts/bench encoder` measures the encoder alone, without Ray.
 """
 OTHERS: dict[str, Any] = {
     "books": books,
@@ -60,9 +63,11 @@ OTHERS: dict[str, Any] = {
     "growth": growth,
     "memory": memory,
     "neighbours": neighbours,
+    "overload": overload,
     "render": render,
     "revocation": revocation,
     "scaling": scaling,
+    "soak": soak,
 }
 FULL_ROUNDS, FULL_S = 3, 10.0
 QUICK_ROUNDS, QUICK_S = 1, 2.5

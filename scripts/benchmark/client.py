@@ -1,7 +1,7 @@
 """The load: HTTP/1.1 over raw sockets, in a closed loop (always so many in flight) or an open one (so many a second).
 
 Requests are whole bytes before the clock starts, and replies are read for their status and length only: the client
-shares its cores with the server. Anything but a 200 ends the run.
+shares its cores with the server. Anything but a 200 ends the run, unless it was asked for.
 """
 
 from __future__ import annotations
@@ -61,6 +61,22 @@ class Route:
         return f"{head}\r\n".encode() + body
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """head: the status line and the headers, as they came."""
+
+    head: bytes
+    body: bytes
+
+    @property
+    def status(self) -> int:
+        return int(self.head[9:12])
+
+    def header(self, name: str) -> str | None:
+        found = re.search(rb"\r\n" + re.escape(name.encode()) + rb": *([^\r]*)", self.head, re.IGNORECASE)
+        return found[1].decode() if found else None
+
+
 def vectors_in(reply: bytes) -> NDArray[np.float32]:
     """[texts, dimensions], in the order of the texts."""
     data = sorted(orjson.loads(reply)["data"], key=lambda item: int(item["index"]))
@@ -77,7 +93,7 @@ class Connection(asyncio.Protocol):
         self._transport: asyncio.Transport | None = None
         self._received = bytearray()
         self._body_at = self._end = 0
-        self._reply: asyncio.Future[bytes] | None = None
+        self._answer: asyncio.Future[Answer] | None = None
 
     @property
     def open(self) -> bool:
@@ -85,18 +101,25 @@ class Connection(asyncio.Protocol):
 
     async def post(self, request: bytes) -> bytes:
         """The body of a 200. Raises BenchError for everything else."""
+        answer = await self.ask(request)
+        if answer.status != 200:
+            raise BenchError(f"the server answered {answer.status}: {answer.body[:300].decode(errors='replace')}")
+        return answer.body
+
+    async def ask(self, request: bytes) -> Answer:
+        """Whatever its status. Raises BenchError if none comes."""
         assert self._transport is not None
-        assert self._reply is None
-        self._reply = asyncio.get_running_loop().create_future()
+        assert self._answer is None
+        self._answer = asyncio.get_running_loop().create_future()
         self._transport.write(request)
         try:
             async with asyncio.timeout(TIMEOUT_S):
-                return await self._reply
+                return await self._answer
         except TimeoutError:
             self._transport.abort()
             raise BenchError(f"no reply within {TIMEOUT_S:g} s") from None
         finally:
-            self._reply = None
+            self._answer = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         assert isinstance(transport, asyncio.Transport)
@@ -122,17 +145,17 @@ class Connection(asyncio.Protocol):
             self._transport.close()
 
     def _finish(self) -> None:
-        status, body = bytes(self._received[9:12]), bytes(self._received[self._body_at : self._end])
+        answer = Answer(
+            head=bytes(self._received[: self._body_at]), body=bytes(self._received[self._body_at : self._end])
+        )
         self._received.clear()
         self._body_at = self._end = 0
-        if status != b"200":
-            self._fail(f"the server answered {status.decode(errors='replace')}: {body[:300].decode(errors='replace')}")
-        elif self._reply and not self._reply.done():
-            self._reply.set_result(body)
+        if self._answer and not self._answer.done():
+            self._answer.set_result(answer)
 
     def _fail(self, why: str) -> None:
-        if self._reply and not self._reply.done():
-            self._reply.set_exception(BenchError(why))
+        if self._answer and not self._answer.done():
+            self._answer.set_exception(BenchError(why))
 
 
 class Client:
@@ -143,10 +166,18 @@ class Client:
         self._idle: list[Connection] = []
 
     async def post(self, request: bytes) -> bytes:
+        """The body of a 200. Raises BenchError for everything else."""
         connection = await self._connection()
         body = await connection.post(request)
         self._idle.append(connection)
         return body
+
+    async def ask(self, request: bytes) -> Answer:
+        """Whatever its status. Raises BenchError if none comes."""
+        connection = await self._connection()
+        answer = await connection.ask(request)
+        self._idle.append(connection)
+        return answer
 
     def close(self) -> None:
         for connection in self._idle:

@@ -115,7 +115,7 @@ async def _one(route: Route, seconds: float, per_second: float, chance: random.R
     idle: list[Connection] = []
 
     async def ask(due_s: float) -> float:
-        connection = idle.pop() if idle else await _connect(route, Connection)
+        connection = idle.pop() if idle else await _connect(route)
         await connection.post(route.request(texts.take(1)[0]))
         idle.append(connection)
         return time.perf_counter() - due_s
@@ -129,20 +129,8 @@ async def _one(route: Route, seconds: float, per_second: float, chance: random.R
     return latencies
 
 
-class AnyStatus(Connection):
-    """A connection that takes any answer: the body begins with its status."""
-
-    def _finish(self) -> None:
-        status = bytes(self._received[9:12])
-        self._received[9:12] = b"200"
-        body_at = self._body_at
-        self._received[body_at:body_at] = status
-        self._end += len(status)
-        super()._finish()
-
-
-async def _connect(route: Route, kind: type[Connection]) -> Connection:
-    _, connection = await asyncio.get_running_loop().create_connection(kind, route.host, route.port)
+async def _connect(route: Route) -> Connection:
+    _, connection = await asyncio.get_running_loop().create_connection(Connection, route.host, route.port)
     return connection
 
 
@@ -176,10 +164,10 @@ async def _flood_until(route: Route, flood: str, stop: Pipe) -> None:
     requests = [route.request(passages(at).take(64) if bulk else short_queries(at).take(1)[0]) for at in range(8)]
 
     async def loop(number: int) -> None:
-        connection = await _connect(route, AnyStatus)
+        connection = await _connect(route)
         while True:
-            body = await connection.post(requests[number % len(requests)])
-            answered[body[:3].decode()] += 1
+            answer = await connection.ask(requests[number % len(requests)])
+            answered[str(answer.status)] += 1
 
     tasks = [asyncio.create_task(loop(number)) for number in range(FLOODS[flood])]
     await asyncio.to_thread(stop.poll, None)

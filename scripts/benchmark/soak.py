@@ -242,7 +242,7 @@ class _Soak:
         late_ms = percentile_ms(self.seen.lateness_s, 99)
         share = f"{per_s / self._most_per_s:.0%} of the {self._most_per_s:.1f} that are answered at most"
         parts = [
-            f"{minutes:g} minutes, {per_s:.1f} requests/s, {share}. {statuses}, of which {self.seen.replays:,} replays. "
+            f"{minutes:g} minutes, {per_s:.1f} requests/s, {share}. {statuses}, {self.seen.replays:,} of them replays. "
             f"Server CPU {1000 * self._cpu_s / len(self.seen.latencies):.1f} ms a request. "
             f"The client sent up to {late_ms:.1f} ms late (p99).",
             table(self._size_rows()),

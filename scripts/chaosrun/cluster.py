@@ -21,6 +21,7 @@ from chaosrun import ChaosError
 
 START_S = 120.0
 WORKER_CPUS = 4
+UP = "Ray runtime started."  # says `ray start`
 STORE_BYTES = 100_000_000  # of Ray's objects: what is passed here is small
 
 
@@ -52,10 +53,17 @@ class Cluster:
         _wait_for(self._port)
         for number in range(1, self._workers + 1):
             self.add(number)
+            self._wait_until_up(number)  # two that start at the same time may take each other's ports
         return self._address
 
     def add(self, number: int) -> None:
         self._start(number, [f"--address={self._address}", f"--num-cpus={WORKER_CPUS}"])
+
+    def revive(self) -> None:
+        """Starts workers anew that ended by themselves."""
+        for number, node in [*self._nodes.items()]:
+            if number and node.poll() is not None:
+                self.add(number)
 
     def kill(self, number: int) -> set[int]:
         """A worker, and every process on it, as if its plug were pulled: their ids."""
@@ -67,10 +75,22 @@ class Cluster:
         node.wait()
         return {process.pid for process in processes}
 
+    def _wait_until_up(self, number: int) -> None:
+        until_s = time.monotonic() + START_S
+        while time.monotonic() < until_s:
+            self.revive()
+            if UP in self._log(number).read_text(errors="replace"):
+                return
+            time.sleep(0.5)
+        raise ChaosError(f"worker {number} is not up {START_S:g} s after its start")
+
+    def _log(self, number: int) -> Path:
+        return self._folder / f"node-{number}.log"
+
     def _start(self, number: int, words: list[str]) -> None:
         everywhere = [f"--object-store-memory={STORE_BYTES}", "--block"]
         command = [str(Path(sys.executable).parent / "ray"), "start", *words, *everywhere]
-        with (self._folder / f"node-{number}.log").open("ab") as log:
+        with self._log(number).open("ab") as log:
             self._nodes[number] = subprocess.Popen(
                 command, cwd=self._folder, env=self._environment, stdout=log, stderr=log, start_new_session=True
             )

@@ -139,6 +139,7 @@ class Node:
 
     async def _over(self, killed: Collection[int]) -> None:
         async def back() -> bool:
+            self._cluster.revive()
             for kind in self._installation.titles():
                 running = await asyncio.to_thread(self._installation.running, kind)
                 if len(running - {*killed}) < self._installation.wanted(kind):

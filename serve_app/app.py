@@ -74,6 +74,8 @@ def ingress(settings: IngressSettings) -> Application:
         user_config=DEFAULT_TERMS,
         graceful_shutdown_timeout_s=settings.request_timeout_s + 10.0,
         max_ongoing_requests=settings.max_ongoing_requests,
+        max_queued_requests=settings.max_ongoing_requests,  # these wait in Serve, before anything of ours sees them
+        backpressure_config={"status_code": 503, "retry_after_s": 1.0},
         ray_actor_options={"num_cpus": settings.num_cpus, "runtime_env": {"env_vars": INGRESS_ENV}},
     ).bind(settings)
     return application

@@ -49,6 +49,7 @@ from serve_app.core.replies import Reply
 from serve_app.core.settings import Terms
 from serve_app.core.truncation import Tokenized
 from serve_app.dispatch import Encoded
+from serve_app.pulse import Pulse
 from serve_app.stores import Clock
 from serve_app.throttle import Standing, Throttle
 
@@ -150,6 +151,7 @@ class Service:
         *,
         now_ms: Clock,
         request_timeout_s: float,
+        pulse: Pulse,
     ) -> None:
         self._models = models
         self._accounts = accounts
@@ -158,6 +160,7 @@ class Service:
         self._terms = terms
         self._now_ms = now_ms
         self._request_timeout_s = request_timeout_s
+        self._pulse = pulse
         self._leaving = False
 
     def change(self, terms: Terms) -> None:
@@ -181,9 +184,11 @@ class Service:
     async def admit(self, call: Call, authorization: str | None) -> None:
         """Who is calling, and whether it may now.
 
-        Raises InvalidAPIKey, EndpointNotAllowed, RateLimitExceeded, and AtCapacity once nothing is admitted any more.
+        Raises InvalidAPIKey, EndpointNotAllowed, RateLimitExceeded, and AtCapacity while this process falls behind, or
+        once nothing is admitted any more.
         """
         with tracing.span("admit"):
+            self._pulse.check()
             call.caller = await self._accounts.authenticate(authorization)
             if self._leaving:
                 raise AtCapacity("The service is shutting down.", retry_after_s=LEAVING_S)

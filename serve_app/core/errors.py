@@ -192,7 +192,7 @@ class ModelLoading(Unavailable):
 
 
 class AtCapacity(Unavailable):
-    code, advice = "at_capacity", "The model's queue is full. Retry after `Retry-After` seconds."
+    code, advice = "at_capacity", "The model's queue or the service is full. Retry after `Retry-After` seconds."
 
 
 class StoreUnavailable(Unavailable):

@@ -25,6 +25,7 @@ from serve_app.deployments.metrics import Exporter
 from serve_app.deployments.models import LiveModels
 from serve_app.deployments.nodes import check_nodes
 from serve_app.deployments.terms import LiveTerms
+from serve_app.pulse import Pulse
 from serve_app.service import Service
 from serve_app.stores import Store, is_local, open_store
 from serve_app.stores.blobs import Blobs
@@ -39,6 +40,7 @@ class IngressReplica:
         self._settings = settings
         self._terms = LiveTerms()
         self._metrics = IngressMetrics()
+        self._pulse = Pulse()
         self._service: Service | None = None
         self._edge: Edge | None = None
 
@@ -63,7 +65,9 @@ class IngressReplica:
         @asynccontextmanager
         async def lifespan(_: Starlette) -> AsyncIterator[None]:
             await models.start()
-            tasks = [asyncio.create_task(work) for work in (models.watch(), exporter.run(), log.run())]
+            tasks = [
+                asyncio.create_task(work) for work in (models.watch(), exporter.run(), log.run(), self._pulse.run())
+            ]
             yield
             for task in tasks:
                 task.cancel()
@@ -104,6 +108,7 @@ class IngressReplica:
             self._terms.now,
             now_ms=_now_ms,
             request_timeout_s=settings.request_timeout_s,
+            pulse=self._pulse,
         )
 
 

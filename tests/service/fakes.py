@@ -38,6 +38,7 @@ from serve_app.core.vectors import Vectors
 from serve_app.desk import Desk
 from serve_app.dispatch import Dispatcher, Encoded, Unit, UnitReply
 from serve_app.encoders.tokenizer import PairTokenizer, Tokenizer
+from serve_app.pulse import Pulse
 from serve_app.recall import Answered, Recall
 from serve_app.service import LiveModel, Models, Service
 from serve_app.stores import Clock, Store, open_store
@@ -267,6 +268,7 @@ def service_over(
     clock: Clock = now_ms,
     hold_s: float = 0.0,
     metrics: IngressMetrics | None = None,
+    pulse: Pulse | None = None,
     **settings: Any,
 ) -> Service:
     """A service on real books. settings: of the ingress, its terms among them."""
@@ -285,4 +287,5 @@ def service_over(
         terms,
         now_ms=clock,
         request_timeout_s=chosen.request_timeout_s,
+        pulse=pulse or Pulse(),
     )
